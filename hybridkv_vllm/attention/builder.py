@@ -1,0 +1,162 @@
+"""Sorts a step's rows: dense prompt rows, decode rows, replayed rows, and prompts that end here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from hybridkv_kernels.extent_decode import DecodePlan
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from hybridkv_vllm.attention.dense import make_dense_builder, slice_rows
+from hybridkv_vllm.attention.impl import HybridKVImpl
+from hybridkv_vllm.worker.compress import PrefillEnd
+from hybridkv_vllm.worker.tables import RequestTables, make_work
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Tokens that attend to extent and tail.
+
+    Attributes:
+        tokens: their place in the step's token order.
+        row_slot: `[n]` int32, request slot, -1 for padding.
+        row_len: `[n]` int32, tokens visible including the row's own.
+        work: how the kernel splits them; None for the torch backend.
+    """
+
+    tokens: slice
+    row_slot: torch.Tensor
+    row_len: torch.Tensor
+    work: DecodePlan | None
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """A run of prompt rows and the dense backend's own metadata for it."""
+
+    tokens: slice
+    metadata: Any
+
+
+@dataclass
+class HybridKVMetadata(AttentionMetadata):
+    """What every layer does in this step."""
+
+    decodes: list[DecodeRows] = field(default_factory=list)
+    dense: list[DenseRows] = field(default_factory=list)
+    prefill_ends: list[PrefillEnd] = field(default_factory=list)
+
+
+class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
+    """Builds `HybridKVMetadata`; vLLM orders a batch's rows by query length, single tokens first."""
+
+    # A full graph holds decode rows only: prompts are scored, which is not a fixed shape.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        # Any layer's impl leads to the tables, which exist once the cache is bound.
+        self._impl: HybridKVImpl = next(iter(layers.values())).impl
+        self._dense = make_dense_builder(
+            self._impl.dense_backend, kv_cache_spec, layer_names, vllm_config, device
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> HybridKVMetadata:
+        """See vLLM's base class."""
+        del common_prefix_len, fast_build
+        common, tables = common_attn_metadata, self._impl.tables
+        bounds = common.query_start_loc_cpu
+        query_lens = bounds[1:] - bounds[:-1]
+        num_decodes = int((query_lens <= 1).sum())
+        metadata = HybridKVMetadata()
+        if num_decodes:
+            row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]
+            if tables.work is not None:
+                tables.work.update(row_slot, row_len, tables.decode)
+            metadata.decodes.append(DecodeRows(slice(0, num_decodes), row_slot, row_len, tables.work))
+        if num_decodes < common.num_reqs:
+            self._add_prompt_rows(metadata, common, tables, num_decodes)
+        return metadata
+
+    def _add_prompt_rows(
+        self,
+        metadata: HybridKVMetadata,
+        common: CommonAttentionMetadata,
+        tables: RequestTables,
+        first_row: int,
+    ) -> None:
+        """Sorts the rows of more than one token; runs of adjacent prompt rows share one dense call."""
+        assert common.seq_lens_cpu_upper_bound is not None
+        assert common.req_idx is not None
+        bounds = common.query_start_loc_cpu.tolist()
+        seq_lens = common.seq_lens_cpu_upper_bound.tolist()
+        run_start = first_row
+        for row in range(first_row, common.num_reqs):
+            slot = int(common.req_idx[row])
+            plan = tables.plans.get(slot) if tables.live else None
+            start, stop = bounds[row], bounds[row + 1]
+            computed = seq_lens[row] - (stop - start)
+            if plan is None:
+                continue
+            if computed >= plan.num_tokens:
+                self._add_dense(metadata, common, slice(run_start, row))
+                run_start = row + 1
+                metadata.decodes.extend(self._replay(tables, slot, slice(start, stop), computed))
+            elif seq_lens[row] == plan.num_tokens:
+                metadata.prefill_ends.append(
+                    PrefillEnd(tables, self._impl.options, slot, plan, stop, self._impl.kernel_backend)
+                )
+        self._add_dense(metadata, common, slice(run_start, common.num_reqs))
+
+    def _add_dense(self, metadata: HybridKVMetadata, common: CommonAttentionMetadata, rows: slice) -> None:
+        if rows.start < rows.stop:
+            bounds = common.query_start_loc_cpu
+            tokens = slice(int(bounds[rows.start]), int(bounds[rows.stop]))
+            metadata.dense.append(DenseRows(tokens, self._dense.build(0, slice_rows(common, rows))))
+
+    def _replay(
+        self, tables: RequestTables, slot: int, tokens: slice, computed: int
+    ) -> list[DecodeRows]:
+        """A preempted request's generated tokens, computed again as they were: against the compressed prompt.
+
+        Rare, and no decode step: allocations are in order here.
+        """
+        parts = []
+        limit = tables.row_slot.shape[0]
+        for start in range(tokens.start, tokens.stop, limit):
+            stop = min(start + limit, tokens.stop)
+            first_len = computed + 1 + start - tokens.start
+            device = self.device
+            row_slot = torch.full((stop - start,), slot, dtype=torch.int32, device=device)
+            row_len = torch.arange(
+                first_len, first_len + stop - start, dtype=torch.int32, device=device
+            )
+            work = None
+            if tables.work is not None:
+                work = make_work(tables.shape, stop - start, device)
+                work.update(row_slot, row_len, tables.decode)
+            parts.append(DecodeRows(slice(start, stop), row_slot, row_len, work))
+        return parts

@@ -1,0 +1,148 @@
+"""Server and request options: their names, defaults, ranges and error texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.policies import POLICIES, PolicyOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+REQUEST_PREFIX = "hybridkv_"
+
+
+class ServerOptions(BaseModel):
+    """Options of the server, each given as `--additional-config.hybridkv.NAME VALUE`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: float = Field(
+        default=0.10, gt=0, le=1, allow_inf_nan=False,
+        description="Share of a prompt's KV cache that stays on the GPU.",
+    )
+    policy: str = Field(default="hybridkv", description="Method that chooses what stays.")
+    classifier: Literal["text_mass", "sparsity", "top_mass", "union"] = Field(
+        default="text_mass", description="Figure by which a KV head is called static or dynamic."
+    )
+    theta: float = Field(
+        default=0.9, ge=0, le=1, allow_inf_nan=False,
+        description="A head is static where its figure is at least this.",
+    )
+    dynamic_share: float = Field(
+        default=0.4, ge=0, le=1, allow_inf_nan=False,
+        description="Coefficient r: what dynamic heads get of an equal share of the budget.",
+    )
+    landmark: Literal["sketch", "mean", "minmax"] = Field(
+        default="sketch", description="What the GPU keeps of a dynamic head's chunk to score it."
+    )
+    dynamic_tier: Literal["off"] = Field(
+        default="off",
+        description="Where a dynamic head's chunks live; `off` prunes every head. Host and GPU tiers are "
+        "not built yet.",
+    )
+    host_pool_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False,
+        description="Pinned host memory for the chunks of dynamic heads, GiB a rank.",
+    )
+    recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
+    window: int = Field(
+        default=64, ge=2, le=256,
+        description="Longest observation window: prompt queries whose attention decides.",
+    )
+    min_prompt_tokens: int = Field(
+        default=1024, ge=1, description="Shorter prompts stay uncompressed."
+    )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Kernel implementation; `auto` is Triton on a GPU, torch elsewhere."
+    )
+
+    def policy_options(self) -> PolicyOptions:
+        """The part that policies see."""
+        return PolicyOptions(
+            classifier=self.classifier,
+            theta=self.theta,
+            dynamic_share=self.dynamic_share,
+            dynamic_tier=self.dynamic_tier,
+        )
+
+    @property
+    def budget_share(self) -> float:
+        """The budget that the policy really uses (`full` keeps everything)."""
+        return POLICIES[self.policy].budget_share(self.budget)
+
+
+class RequestOptions(BaseModel):
+    """Options of one request, given in the OpenAI body as `vllm_xargs`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hybridkv_budget: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    hybridkv_enabled: bool = True
+
+
+def _one_line(error: ValidationError, known: Mapping[str, Any]) -> str:
+    """Says in one line what is wrong with each option and what would be right."""
+    parts = []
+    for detail in error.errors():
+        name = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            parts.append(f"unknown option '{name}' (known: {', '.join(sorted(known))})")
+        else:
+            reason = detail["msg"][0].lower() + detail["msg"][1:]
+            parts.append(f"option '{name}' is {detail['input']!r}: {reason}")
+    return "; ".join(parts)
+
+
+def parse_server_options(raw: object) -> ServerOptions:
+    """Validates the `hybridkv` entry of `--additional-config`.
+
+    Raises:
+        HybridKVConfigError: unknown name or value out of range; one line that says what would be right.
+    """
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise HybridKVConfigError(
+            f"--additional-config.hybridkv must hold named options, got {raw!r}; "
+            "write for example --additional-config.hybridkv.budget 0.1"
+        )
+    try:
+        options = ServerOptions.model_validate(dict(raw))
+    except ValidationError as error:
+        remedy = "correct --additional-config.hybridkv"
+        raise HybridKVConfigError(f"{_one_line(error, ServerOptions.model_fields)}; {remedy}") from None
+    if options.policy not in POLICIES:
+        raise HybridKVConfigError(
+            f"option 'policy' is {options.policy!r}: choose one of {', '.join(sorted(POLICIES))}"
+        )
+    return options
+
+
+def server_options(vllm_config: VllmConfig) -> ServerOptions:
+    """The options that a vLLM configuration carries.
+
+    Raises:
+        HybridKVConfigError: see `parse_server_options`.
+    """
+    additional = vllm_config.additional_config
+    return parse_server_options(additional.get("hybridkv") if isinstance(additional, Mapping) else None)
+
+
+def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOptions:
+    """Validates the `hybridkv_*` entries of a request's `vllm_xargs`; others are not ours.
+
+    Raises:
+        ValueError: unknown name or value out of range, in one line.
+    """
+    ours = {name: value for name, value in (extra_args or {}).items() if name.startswith(REQUEST_PREFIX)}
+    if not ours:
+        return RequestOptions()
+    try:
+        return RequestOptions.model_validate(ours)
+    except ValidationError as error:
+        raise ValueError(f"vllm_xargs: {_one_line(error, RequestOptions.model_fields)}") from None

@@ -1,0 +1,1 @@
+"""What operators see: counters on /metrics and the HTTP routes."""

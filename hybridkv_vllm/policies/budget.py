@@ -1,0 +1,112 @@
+"""Allocates a rank's arena pages to its KV heads, by type and then by head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridkv_vllm.plan import PAGE_TOKENS
+
+# Weights and shares are whole numbers of these: integer sums do not depend on the device's order of adding.
+WEIGHT_ONE = 1 << 30
+SHARE_ONE = 10**6
+
+
+def allocate_pages(
+    sparsity: Tensor, dynamic: Tensor, *, pages: int, capacity: int, window: int, dynamic_share: float
+) -> Tensor:
+    """Shares out `pages` top-down: dynamic against static heads, then KV head by KV head.
+
+    With both types present each dynamic head gets `dynamic_share * pages / (L * H)` rounded down to whole
+    pages (landmarks are to come out of these), and at least one page where every head can have one. Static
+    heads share the rest: a floor of the window plus a tenth of their mean, then by weight `1 - S`, at most
+    `capacity` each. What the capped ones leave goes to the other static heads, and to the dynamic heads once
+    all static ones are capped. Where one type is empty the other gets all. Exactly
+    `min(pages, L * H * capacity)` pages are given; fractions go to the largest, ties to the first head.
+
+    Source: type level by a coefficient r, static by sparsity weight and dynamic uniform are the paper's; the
+    value of r, the weight `1 - S` and the floor are our reading.
+
+    Args:
+        sparsity: `[L, H]` fp32 in [0, 1], S. Where all weights are zero static heads share evenly.
+        dynamic: `[L, H]` bool, heads to allocate as dynamic.
+        pages: arena pages of this rank.
+        capacity: pages with which one KV head keeps everything, T' / 16.
+        window: tokens of the observation window that need pages.
+        dynamic_share: r, in [0, 1], used to a precision of 1e-6.
+
+    Returns:
+        `[L, H]` int64, pages of each KV head.
+
+    Raises:
+        ValueError: negative `pages`.
+    """
+    if pages < 0:
+        raise ValueError(f"pages must not be negative, got {pages}")
+    heads = sparsity.numel()
+    if pages >= heads * capacity:
+        return torch.full_like(sparsity, capacity, dtype=torch.int64)
+
+    dynamic_flat = dynamic.flatten()
+    num_dynamic = dynamic_flat.sum()
+    num_static = heads - num_dynamic
+    equal_share = pages // heads
+    beside_static = pages * round(dynamic_share * SHARE_ONE) // (heads * SHARE_ONE)
+    dynamic_each = torch.where(num_static > 0, max(beside_static, min(1, equal_share)), equal_share)
+
+    weight = ((1 - sparsity.flatten().double()) * WEIGHT_ONE).long()
+    # At least one unit: a head of weight zero still takes what the capped ones leave.
+    weight = weight.clamp(min=1).masked_fill(dynamic_flat, 0)
+    static_pages = _share_by_weight(weight, pages - num_dynamic * dynamic_each, num_static, capacity, window)
+
+    left = pages - num_dynamic * dynamic_each - static_pages.sum()
+    at_least_one = num_dynamic.clamp(min=1)
+    earlier_dynamic = dynamic_flat.cumsum(0) - 1
+    dynamic_pages = dynamic_each + left // at_least_one + (earlier_dynamic < left % at_least_one)
+    return torch.where(dynamic_flat, dynamic_pages, static_pages).view(sparsity.shape)
+
+
+def _share_by_weight(weight: Tensor, pages: Tensor, members: Tensor, capacity: int, window: int) -> Tensor:
+    """Gives each member a floor, then the rest by weight up to `capacity`, the surplus flowing on.
+
+    The shares of an endless redistribution of surplus are `min(room, level * weight)` for one common level.
+    All members have the same room, so the heaviest are the capped ones, and one pass over the heads in
+    descending weight finds how many. All arithmetic is exact: products stay below 2**63 for 4,096 heads of a
+    million tokens.
+
+    Args:
+        weight: `[N]` int64, at least 1 for members, 0 for the others.
+        pages: `[]` int64, to be shared among the members.
+        members: `[]` int64, number of members.
+        capacity: most pages of a member.
+        window: tokens of the observation window that need pages.
+
+    Returns:
+        `[N]` int64; sums to `pages`, or to `members * capacity` where that is less.
+    """
+    divisor = members.clamp(min=1)
+    wanted = -(-(10 * window * divisor + PAGE_TOKENS * pages) // (10 * PAGE_TOKENS * divisor))
+    floor = torch.minimum(wanted, pages // divisor).clamp(max=capacity)
+    room = capacity - floor
+    to_share = pages - members * floor
+
+    heaviest_first, order = weight.sort(descending=True, stable=True)
+    rank = torch.arange(weight.numel(), device=weight.device)
+    weight_from_here = heaviest_first.flip(0).cumsum(0).flip(0)
+    # Would this head overflow if all heavier ones were full?
+    overflows = (to_share - rank * room) * heaviest_first > room * weight_from_here
+    full = overflows.sum()
+    is_full = rank < full
+
+    open_weight = heaviest_first.masked_fill(is_full, 0)
+    open_total = open_weight.sum().clamp(min=1)
+    open_pages = to_share - full * room
+    exact = open_weight * open_pages
+    whole, fraction = exact // open_total, exact % open_total
+    # Fractions sum to the missing pages, so no more than the heads that have a fraction get one.
+    by_fraction = fraction.argsort(descending=True, stable=True)
+    place = torch.zeros_like(rank).scatter(0, by_fraction, rank)
+    rounded = whole + ((place < open_pages - whole.sum()) & (fraction > 0))
+
+    shared = floor + torch.where(is_full, room, rounded)
+    return torch.zeros_like(weight).scatter(0, order, shared.masked_fill(heaviest_first == 0, 0))

@@ -1,0 +1,157 @@
+"""The scheduler hook: plans each prompt, keeps its window in one chunk, sends arenas to the workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from hybridkv_vllm.config import parse_request_options, server_options
+from hybridkv_vllm.observe.metrics import engine_metrics
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Span, ceil_pages, make_plan
+from hybridkv_vllm.policies import get_policy
+from hybridkv_vllm.scheduling.manager import HybridKVManager
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+logger = init_logger(__name__)
+
+# Name of the attribute that carries a step's arenas on vLLM's SchedulerOutput to the workers.
+GRANTS_ATTRIBUTE = "hybridkv_grants"
+
+
+def visual_spans(request: Request) -> tuple[Span, ...]:
+    """`(start, end)` of the tokens that stand for pictures, video or sound, end exclusive, ascending."""
+    spans = [
+        (start, last + 1)
+        for feature in request.mm_features
+        if feature.modality != "prompt_embeds"
+        for start, last in feature.mm_position.extract_embeds_range()
+    ]
+    return tuple(sorted(spans))
+
+
+class _HybridKVScheduling(_Base):
+    """What HybridKV adds to either of vLLM's schedulers (read in 0.32.0)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hybridkv_options = server_options(self.vllm_config)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        if not isinstance(manager, HybridKVManager):
+            raise RuntimeError(f"hybridkv: expected its own block manager, found {type(manager).__name__}")
+        self.hybridkv_manager = manager
+        self.hybridkv_metrics = engine_metrics()
+
+    def add_request(self, request: Request) -> None:
+        """Decides, when a request arrives, whether and how its prompt will be compressed."""
+        if request.request_id not in self.requests:
+            plan = self._plan(request)
+            if plan is not None:
+                self.hybridkv_manager.add_plan(request.request_id, plan)
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> PromptPlan | None:
+        options = self.hybridkv_options
+        params = request.sampling_params
+        if params is None:
+            return None
+        wanted = parse_request_options(params.extra_args)
+        num_tokens = request.num_prompt_tokens
+        if not wanted.hybridkv_enabled or num_tokens < max(options.min_prompt_tokens, PAGE_TOKENS):
+            return None
+        if request.resumable:
+            self._fall_back("streaming_input", "a session's prompt grows; it stays uncompressed")
+            return None
+        budget = get_policy(options.policy).budget_share(wanted.hybridkv_budget or options.budget)
+        plan = make_plan(num_tokens, visual_spans(request), budget, options.window)
+        longest = min(num_tokens + (params.max_tokens or 0), self.max_model_len)
+        if ceil_pages(longest) + plan.arena_size > self.hybridkv_manager.num_usable_blocks():
+            self._fall_back(
+                "pool_too_small",
+                "prompt and arena together exceed the KV cache; give the server more KV memory, or the "
+                "request a smaller hybridkv_budget",
+            )
+            return None
+        return plan
+
+    def _fall_back(self, reason: str, remedy: str) -> None:
+        self.hybridkv_metrics.fallback(reason)
+        logger.warning_once("hybridkv: request left uncompressed (%s): %s", reason, remedy)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Caps prefix hits so that the whole observation window is computed in this request."""
+        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        plan = self.hybridkv_manager.plans.get(request.request_id)
+        if plan is not None:
+            longest_hit = plan.last_chunk_start // PAGE_TOKENS * PAGE_TOKENS
+            if num_local > longest_hit:
+                num_local = longest_hit
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_local)
+        return blocks, num_local, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Keeps a chunk from ending inside the window, or from running past the prompt on a resume.
+
+        vLLM calls this hook for every chunk it is about to schedule; its own use is speculative decoding,
+        which HybridKV refuses.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        plan = self.hybridkv_manager.plans.get(request.request_id)
+        return num_new_tokens if plan is None else plan.clip_chunk(num_computed_tokens, num_new_tokens)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """As in vLLM; the arenas reserved in this step travel with its output."""
+        output = super().schedule(*args, **kwargs)
+        grants = self.hybridkv_manager.take_grants()
+        if grants:
+            setattr(output, GRANTS_ATTRIBUTE, grants)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As in vLLM; then the prompt blocks of a step now processed go back, before anything is scheduled."""
+        manager = self.hybridkv_manager
+        # A request that was aborted or preempted in between has given everything back already.
+        grants = [
+            grant
+            for grant in getattr(scheduler_output, GRANTS_ATTRIBUTE, ())
+            if grant.request_id in manager.arenas
+        ]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for grant in grants:
+            request = self.requests.get(grant.request_id)
+            if request is not None:
+                processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+                self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
+                if not manager.is_released(grant.request_id):
+                    continue
+            self.hybridkv_metrics.compressed(grant.plan)
+        self.hybridkv_metrics.set_arena_blocks(manager.num_arena_blocks)
+        return outputs
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        freed = super()._free_request(request, delay_free_blocks)
+        self.hybridkv_manager.drop_plan(request.request_id)
+        return freed
+
+
+class HybridKVScheduler(_HybridKVScheduling, Scheduler):
+    """For engines without async scheduling."""
+
+
+class HybridKVAsyncScheduler(_HybridKVScheduling, AsyncScheduler):
+    """For engines with async scheduling (vLLM requires an `AsyncScheduler` there)."""

@@ -1,0 +1,108 @@
+"""What must hold before a server starts with HybridKV, and the few settings that follow from choosing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hybridkv_vllm.config import ServerOptions, server_options
+from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.plan import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVScheduler"
+ASYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVAsyncScheduler"
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether the server was asked for `--attention-backend hybridkv`."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    backend = vllm_config.attention_config.backend
+    return (
+        backend is AttentionBackendEnum.CUSTOM
+        and backend.is_overridden()
+        and backend.get_path().startswith("hybridkv_vllm.")
+    )
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Checks the configuration and completes it; called at the end of vLLM's own checks.
+
+    Raises:
+        HybridKVConfigError: the first thing that cannot be served, with its remedy, in one line.
+    """
+    if vllm_config.model_config is None or not is_selected(vllm_config):
+        return
+    options = server_options(vllm_config)
+    for problem in _model_problems(vllm_config):
+        raise HybridKVConfigError(f"{problem}; serve this model with another --attention-backend")
+    for problem in _server_problems(vllm_config, options):
+        raise HybridKVConfigError(problem)
+    if not vllm_config.cache_config.user_specified_block_size:
+        vllm_config.cache_config.block_size = PAGE_TOKENS
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
+
+
+def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
+    """What in the model itself HybridKV cannot serve."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    if model.use_mla:
+        yield "the model uses multi-head latent attention (MLA)"
+    if model.is_hybrid or model.is_attention_free:
+        yield "the model has Mamba or linear-attention layers"
+    if model.get_sliding_window() is not None or "sliding_attention" in layer_types:
+        yield "the model uses sliding-window attention"
+    if getattr(text, "attention_chunk_size", None) or "chunked_attention" in layer_types:
+        yield "the model uses chunked local attention"
+    if model.is_encoder_decoder:
+        yield "the model is an encoder-decoder"
+    if model.is_mm_prefix_lm:
+        yield "the model attends to pictures in both directions"
+    if model.runner_type != "generate":
+        yield "pooling models have no decode to speed up"
+    head_size = model.get_head_size()
+    if not 16 <= head_size <= 256 or head_size % 8:
+        yield f"head size {head_size} is not supported (16 to 256, a multiple of 8)"
+
+
+def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterator[str]:
+    """What in the server's settings stands against HybridKV, each with its remedy."""
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    parallel = vllm_config.parallel_config
+    if not vllm_config.use_v2_model_runner:
+        yield "Model Runner V1 is not supported; unset VLLM_USE_V2_MODEL_RUNNER or set it to 1"
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV connectors are not supported; remove --kv-transfer-config"
+    if parallel.decode_context_parallel_size > 1:
+        yield "context parallelism is not supported; remove --decode-context-parallel-size"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism is not supported; remove --prefill-context-parallel-size"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is not supported; remove --speculative-config"
+    if parallel.use_ubatching:
+        yield "micro-batching is not supported; remove --enable-dbo and --ubatch-size"
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        yield f"KV cache dtype {cache.cache_dtype!r} is not supported; remove --kv-cache-dtype"
+    if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
+        yield f"block size {cache.block_size} is not supported; remove --block-size or set it to 16"
+    if scheduler.scheduler_cls not in (None, SYNC_SCHEDULER, ASYNC_SCHEDULER):
+        yield f"scheduler {scheduler.scheduler_cls!r} is not supported; remove --scheduler-cls"
+    # Running decodes come first in a step; what is left must hold a whole observation window.
+    needed = options.window + scheduler.max_num_seqs
+    if scheduler.max_num_batched_tokens < needed:
+        yield (
+            f"option 'window' ({options.window}) and --max-num-seqs ({scheduler.max_num_seqs}) need "
+            f"--max-num-batched-tokens of at least {needed}, not {scheduler.max_num_batched_tokens}; "
+            "raise it, or lower one of them"
+        )
+    if 0 < scheduler.long_prefill_token_threshold < options.window:
+        yield (
+            f"--long-prefill-token-threshold ({scheduler.long_prefill_token_threshold}) is below option "
+            f"'window' ({options.window}); raise it, or lower the window"
+        )

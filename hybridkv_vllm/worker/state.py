@@ -1,0 +1,114 @@
+"""The model state: vLLM's per-request hooks on the worker, kept in step with our tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from hybridkv_vllm.attention.impl import HybridKVImpl
+from hybridkv_vllm.config import server_options
+from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.observe.metrics import worker_metrics
+from hybridkv_vllm.plan import ArenaGrant
+from hybridkv_vllm.worker.compress import CompressionLog
+from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
+
+
+class HybridKVModelState(DefaultModelState):
+    """vLLM's default model state plus the tables of compressed prompts (hooks read in 0.32.0)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tables: RequestTables | None = None
+        self._log: CompressionLog | None = None
+        self._slots: dict[str, int] = {}
+        self._next_step_is_real = False
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Builds the tables over the cache that vLLM has just bound, and hands them to every layer.
+
+        Raises:
+            HybridKVConfigError: the model's layers need more than one kind of KV cache.
+        """
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        layers = sorted(
+            (
+                layer
+                for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values()
+                if isinstance(layer.impl, HybridKVImpl)
+            ),
+            key=lambda layer: layer.kv_cache.storage_offset(),
+        )
+        if len(kv_cache_config.kv_cache_groups) != 1 or not layers:
+            raise HybridKVConfigError(
+                "the model's layers need different kinds of KV cache; serve it with another "
+                "--attention-backend"
+            )
+        impl: HybridKVImpl = layers[0].impl
+        shape = CacheShape(
+            num_layers=len(layers),
+            num_kv_heads=impl.num_kv_heads,
+            num_query_heads=impl.num_heads,
+            head_size=impl.head_size,
+        )
+        self._tables = RequestTables.create(
+            shape,
+            page_pool([layer.kv_cache for layer in layers], shape),
+            block_tables.block_tables[0].gpu,
+            max_rows=self.max_num_reqs,
+            with_work=impl.kernel_backend == "triton",
+        )
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        self._log = CompressionLog(
+            worker_metrics(ranks * self.vllm_config.parallel_config.pipeline_parallel_size), self.device
+        )
+        options = server_options(self.vllm_config)
+        for index, layer in enumerate(layers):
+            layer.impl.bind(self._tables, index, options, self._log)
+
+    def accept_grants(self, grants: Sequence[ArenaGrant]) -> None:
+        """Takes the arenas of the step about to run (called by the runner patch, see plugin.py)."""
+        assert self._tables is not None
+        for grant in grants:
+            self._tables.grant(self._slots[grant.request_id], grant)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """A request takes a slot."""
+        super().add_request(req_index, new_req_data)
+        self._slots[new_req_data.req_id] = req_index
+
+    def remove_request(self, req_id: str) -> None:
+        """A request finished or was preempted: its slot's tables are empty again."""
+        super().remove_request(req_id)
+        slot = self._slots.pop(req_id, None)
+        if slot is not None and self._tables is not None:
+            self._tables.reset(slot)
+
+    def preprocess_state(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM calls this for real batches only, just before `prepare_attn`."""
+        super().preprocess_state(*args, **kwargs)
+        self._next_step_is_real = True
+        if self._log is not None:
+            self._log.collect()
+
+    def prepare_attn(
+        self, input_batch: InputBatch, cudagraph_mode: CUDAGraphMode, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Notes the rows' slots, then lets vLLM build the metadata."""
+        if self._tables is not None:
+            slots: torch.Tensor | None = None
+            if self._next_step_is_real:
+                slots = input_batch.idx_mapping[: input_batch.num_reqs]
+            self._tables.begin_step(slots, input_batch.num_reqs_after_padding)
+        self._next_step_is_real = False
+        return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)

@@ -1,0 +1,163 @@
+"""Prompts with explicit attention matrices, and plain-Python references, for the policy tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from hybridkv_vllm.policies import PromptScores
+
+PAGE = 16
+
+
+def causal(logits: Tensor) -> Tensor:
+    """`[L, H, G, W, T]` probabilities of the prompt's last W queries."""
+    window, tokens = logits.shape[-2:]
+    query = torch.arange(tokens - window, tokens).unsqueeze(-1)
+    return logits.masked_fill(torch.arange(tokens) > query, float("-inf")).softmax(-1)
+
+
+def scores_of(probabilities: Tensor, is_visual: Tensor) -> PromptScores:
+    """What the scoring kernel reports of `[L, H, G, W, T]` probabilities."""
+    group, window, tokens = probabilities.shape[-3:]
+    largest = probabilities.amax(-1, keepdim=True)
+    return PromptScores(
+        mass=probabilities.mean((2, 3)),
+        votes=(probabilities >= 0.01 * largest).sum((2, 3)).float(),
+        is_visual=is_visual,
+        window=window,
+        group=group,
+        compressible=tokens // PAGE * PAGE,
+    )
+
+
+def random_scores(
+    seed: int,
+    *,
+    layers: int = 2,
+    heads: int = 3,
+    group: int = 2,
+    window: int = 8,
+    tokens: int = 77,
+    visual: tuple[int, int] = (16, 50),
+) -> PromptScores:
+    """Heads from broad to sharp over a prompt with one visual span."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(layers, heads, group, window, tokens, generator=random)
+    sharpness = torch.rand(layers, heads, 1, 1, 1, generator=random) * 8
+    is_visual = torch.zeros(tokens, dtype=torch.bool)
+    is_visual[visual[0] : visual[1]] = True
+    return scores_of(causal(logits * sharpness), is_visual)
+
+
+def made_scores(mass: Tensor, votes: Tensor, window: int, is_visual: Tensor | None = None) -> PromptScores:
+    """Scores given directly, for prompts no attention matrix of which is needed."""
+    tokens = mass.shape[-1]
+    return PromptScores(
+        mass=mass,
+        votes=votes,
+        is_visual=torch.zeros(tokens, dtype=torch.bool) if is_visual is None else is_visual,
+        window=window,
+        group=1,
+        compressible=tokens // PAGE * PAGE,
+    )
+
+
+def even_scores(tokens: int = 64, votes: float = 0.0) -> PromptScores:
+    """All scores tied; without votes every sparsity is 1 and every weight 0."""
+    mass = torch.full((2, 3, tokens), 1 / tokens)
+    return made_scores(mass, torch.full_like(mass, votes), window=4)
+
+
+CASES: dict[str, PromptScores] = {
+    "usual": random_scores(0),
+    "long": random_scores(1, tokens=400, window=32, visual=(20, 340)),
+    "several_spans_edge": random_scores(2, tokens=96, visual=(0, 64)),
+    "one_page_prompt": random_scores(3, tokens=16, window=4, visual=(2, 10)),
+    "one_page_and_tail": random_scores(4, tokens=31, window=20, visual=(2, 10)),
+    "window_longer_than_arena": random_scores(5, tokens=47, window=40, visual=(0, 6)),
+    "window_is_prompt": random_scores(6, tokens=40, window=40, visual=(8, 20)),
+    "window_in_tail": random_scores(7, tokens=77, window=8),
+    "one_query": random_scores(8, window=1),
+    "all_text": random_scores(9, visual=(0, 0)),
+    "all_visual": random_scores(10, visual=(0, 77)),
+    "one_head": random_scores(11, layers=1, heads=1),
+    "all_tied_all_sparse": even_scores(),
+    "all_tied_all_broad": even_scores(votes=4.0),
+}
+
+
+def page_counts(scores: PromptScores) -> dict[str, int]:
+    """Arena sizes from nothing to more than all."""
+    heads, most = scores.heads, scores.heads * scores.capacity
+    return {
+        "none": 0,
+        "fewer_than_heads": max(0, heads - 1),
+        "one_a_head": heads,
+        "odd": min(most, heads + heads // 2 + 1),
+        "half": most // 2,
+        "one_short": most - 1,
+        "all": most,
+        "more": most + 5,
+    }
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Input of one page allocation, as plain numbers."""
+
+    sparsity: list[float]
+    dynamic: list[bool]
+    pages: int
+    capacity: int
+    window: int
+    share_ppm: int
+
+    def expected(self) -> list[int]:
+        """The allocation by its definition: exact fractions, surplus handed round until none is left."""
+        heads = len(self.sparsity)
+        static = [head for head in range(heads) if not self.dynamic[head]]
+        broad = [head for head in range(heads) if self.dynamic[head]]
+        given = [0] * heads
+        left = min(self.pages, heads * self.capacity)
+        if left == heads * self.capacity:
+            return [self.capacity] * heads
+        if broad:
+            ratio = Fraction(self.share_ppm, 10**6) if static else Fraction(1)
+            each = ratio * self.pages / heads
+            for head in broad:
+                given[head] = max(int(each), 1 if self.pages >= heads else 0)
+                left -= given[head]
+        if static:
+            shares = self._static_shares(static, left)
+            for head, pages in shares.items():
+                given[head] = pages
+            left -= sum(shares.values())
+        while left:
+            for head in broad[: min(left, len(broad))]:
+                given[head] += 1
+                left -= 1
+        return given
+
+    def _static_shares(self, static: list[int], pages: int) -> dict[int, int]:
+        mean = Fraction(pages, len(static))
+        wanted = (self.window + mean * PAGE / 10) / PAGE
+        floor = min(-(-wanted.numerator // wanted.denominator), int(mean), self.capacity)
+        weight = {head: max(1, int((1 - self.sparsity[head]) * 2**30)) for head in static}
+        share = {head: Fraction(floor) for head in static}
+        surplus = Fraction(pages - floor * len(static))
+        while surplus and (open_heads := [head for head in static if share[head] < self.capacity]):
+            total = sum(weight[head] for head in open_heads)
+            grown = {head: share[head] + surplus * weight[head] / total for head in open_heads}
+            surplus = sum((max(Fraction(0), value - self.capacity) for value in grown.values()), Fraction(0))
+            share |= {head: min(value, Fraction(self.capacity)) for head, value in grown.items()}
+        whole = {head: int(value) for head, value in share.items()}
+        missing = min(pages, self.capacity * len(static)) - sum(whole.values())
+        # Fractions descending; among equals the heavier head, then the first.
+        by_fraction = sorted(static, key=lambda head: (whole[head] - share[head], -weight[head], head))
+        for head in by_fraction[:missing]:
+            whole[head] += 1
+        return whole

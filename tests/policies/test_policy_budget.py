@@ -1,0 +1,138 @@
+"""The page allocation against its definition in exact fractions, and its numbers on plain examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_cases import Allocation
+
+from hybridkv_vllm.policies.budget import allocate_pages
+
+
+def allocate(case: Allocation) -> list[int]:
+    return allocate_pages(
+        torch.tensor([case.sparsity]),
+        torch.tensor([case.dynamic]),
+        pages=case.pages,
+        capacity=case.capacity,
+        window=case.window,
+        dynamic_share=case.share_ppm / 10**6,
+    )[0].tolist()
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> Allocation:
+    heads = draw(st.integers(1, 12))
+    capacity = draw(st.integers(1, 60))
+    # Multiples of 1/64 for many ties, and 1 - S within fp32.
+    sparsity = st.one_of(st.integers(0, 64).map(lambda n: n / 64), st.floats(0, 1, width=32))
+    return Allocation(
+        sparsity=draw(st.lists(sparsity, min_size=heads, max_size=heads)),
+        dynamic=draw(st.lists(st.booleans(), min_size=heads, max_size=heads)),
+        pages=draw(st.integers(0, heads * capacity + 2)),
+        capacity=capacity,
+        window=draw(st.integers(0, 64)),
+        share_ppm=draw(st.integers(0, 10**6)),
+    )
+
+
+@settings(max_examples=600, deadline=None, database=None)
+@given(allocations())
+def test_matches_its_definition(case: Allocation) -> None:
+    given_pages = allocate(case)
+    assert given_pages == case.expected()
+    assert sum(given_pages) == min(case.pages, len(given_pages) * case.capacity)
+    assert all(0 <= pages <= case.capacity for pages in given_pages)
+    if case.pages >= len(given_pages):
+        assert min(given_pages) >= 1
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(allocations())
+def test_less_sparse_static_heads_never_get_less(case: Allocation) -> None:
+    heads = zip(case.sparsity, allocate(case), case.dynamic, strict=True)
+    static = [(sparsity, pages) for sparsity, pages, dynamic in heads if not dynamic]
+    for sparsity, pages in static:
+        assert all(pages >= others for sparser, others in static if sparser > sparsity)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(allocations())
+def test_dynamic_heads_are_uniform(case: Allocation) -> None:
+    broad = [pages for pages, dynamic in zip(allocate(case), case.dynamic, strict=True) if dynamic]
+    if broad:
+        assert max(broad) - min(broad) <= 1
+        assert broad == sorted(broad, reverse=True)
+
+
+def example(
+    sparsity: list[float],
+    dynamic: list[bool] | None = None,
+    *,
+    pages: int,
+    capacity: int = 100,
+    window: int = 0,
+) -> list[int]:
+    verdict = dynamic or [False] * len(sparsity)
+    return allocate(Allocation(sparsity, verdict, pages, capacity, window, 400_000))
+
+
+def test_type_split_numbers() -> None:
+    # 100 pages, 4 heads: an equal share is 25, each dynamic head gets 0.4 of it, the static ones the rest.
+    assert example([0.5, 0.5, 0.5, 0.5], [True, False, False, True], pages=100) == [10, 40, 40, 10]
+    assert example([0.5, 0.5, 0.5, 0.5], [True, True, True, True], pages=100) == [25, 25, 25, 25]
+    assert example([0.5, 0.5, 0.5, 0.5], [False, False, False, False], pages=100) == [25, 25, 25, 25]
+
+
+def test_whole_pages_of_a_decimal_share() -> None:
+    # 0.29 * 100 is 28.999999999999996 in binary.
+    case = Allocation([0.5, 0.5], [True, False], 200, 500, 0, 290_000)
+    assert allocate(case) == [29, 171]
+
+
+def test_static_floor_then_weights() -> None:
+    # Mean 20 pages: the floor is one page of window plus 2, the other 34 pages go 1 : 3.
+    assert example([0.75, 0.25], pages=40, window=16) == [3 + 8, 3 + 26]
+
+
+def test_capped_heads_give_back() -> None:
+    assert example([0.0, 0.5, 0.5], pages=30, capacity=12) == [12, 9, 9]
+    # All static heads capped: the dynamic one gets what is left.
+    assert example([0.5, 0.5, 0.5], [False, False, True], pages=30, capacity=11) == [11, 11, 8]
+
+
+def test_zero_weights_share_evenly_and_take_surplus() -> None:
+    assert example([1.0, 1.0, 1.0], pages=30) == [10, 10, 10]
+    assert example([1.0, 0.0, 1.0], pages=30, capacity=14) == [8, 14, 8]
+
+
+def test_ties_go_to_the_first_head() -> None:
+    assert example([0.5] * 4, pages=6) == [2, 2, 1, 1]
+    assert example([0.5] * 4, pages=2) == [1, 1, 0, 0]
+    assert example([0.5] * 4, [True] * 4, pages=6) == [2, 2, 1, 1]
+
+
+def test_many_heads_of_a_long_prompt_stay_exact() -> None:
+    """The largest products of the fixed-point arithmetic."""
+    heads, capacity = 4096, 65536
+    random = torch.Generator().manual_seed(0)
+    sparsity = torch.rand(64, 64, generator=random)
+    pages = heads * capacity - 12_345
+    given_pages = allocate_pages(
+        sparsity,
+        torch.zeros(64, 64, dtype=torch.bool),
+        pages=pages,
+        capacity=capacity,
+        window=64,
+        dynamic_share=0.4,
+    )
+    assert int(given_pages.sum()) == pages
+    assert int(given_pages.min()) > 0
+    assert int(given_pages.max()) == capacity
+
+
+def test_negative_pages_are_refused() -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        example([0.5], pages=-1)

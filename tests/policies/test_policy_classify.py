@@ -1,0 +1,93 @@
+"""Classifier figures against plain loops over explicit attention matrices, and the heads they call static."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from policy_cases import causal, random_scores, scores_of
+from torch import Tensor
+
+from hybridkv_vllm.policies import CLASSIFIERS, PolicyOptions
+from hybridkv_vllm.policies.classify import classify
+
+LAYERS, HEADS, GROUP, WINDOW, TOKENS = 2, 3, 2, 5, 43
+
+
+def figures(rows: list[list[list[float]]], visual: list[bool]) -> dict[str, float]:
+    """Every figure of one KV head from its `[group][window][token]` probabilities."""
+    tokens, pairs = len(visual), [row for member in rows for row in member]
+    window = len(rows[0])
+    mass = [sum(row[j] for row in pairs) / len(pairs) for j in range(tokens)]
+    causal_pairs = important = 0
+    touched = set()
+    for member in rows:
+        for w, row in enumerate(member):
+            i = tokens - window + w
+            causal_pairs += i + 1
+            matters = [j for j in range(i + 1) if row[j] >= 0.01 * max(row)]
+            important += len(matters)
+            touched.update(matters)
+    return {
+        "sparsity": 1 - important / causal_pairs,
+        "text_mass": sum(m for m, v in zip(mass, visual, strict=True) if not v),
+        "top_mass": sum(sorted(mass, reverse=True)[: math.ceil(tokens / 10)]),
+        "union": 1 - len(touched) / tokens,
+    }
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_follow_their_formulas(classifier: str, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(LAYERS, HEADS, GROUP, WINDOW, TOKENS, generator=random) * 4
+    probabilities = causal(logits)
+    visual = torch.rand(TOKENS, generator=random) < 0.5
+    scores = scores_of(probabilities, visual)
+    verdict = classify(scores, PolicyOptions(classifier=classifier, theta=0.6))
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            expected = figures(probabilities[layer, head].tolist(), visual.tolist())
+            assert float(verdict.figure[layer, head]) == pytest.approx(expected[classifier], abs=1e-5)
+            assert float(verdict.sparsity[layer, head]) == pytest.approx(expected["sparsity"], abs=1e-6)
+            assert bool(verdict.dynamic[layer, head]) == (expected[classifier] < 0.6)
+
+
+def known_heads() -> tuple[Tensor, Tensor]:
+    """Four KV heads of 320 tokens, 240 of them visual: what each one's 64 queries look at."""
+    window, tokens = 64, 320
+    visual = torch.zeros(tokens, dtype=torch.bool)
+    visual[8:248] = True
+    logits = torch.zeros(1, 4, 1, window, tokens)
+    logits[0, 0, :, :, 0] = 20  # one text token, the sink
+    logits[0, 2, 0, torch.arange(window), 20 + 3 * torch.arange(window)] = 20  # another visual token each
+    logits[0, 3, :, :, 100:104] = 20  # always the same few visual tokens
+    return causal(logits), visual
+
+
+@pytest.mark.parametrize(
+    ("classifier", "dynamic"),
+    [
+        # In order: sink, broad, sharp but moving (a retrieval head), fixed on a piece of the picture.
+        ("sparsity", [False, True, False, False]),
+        ("text_mass", [False, True, True, True]),
+        ("top_mass", [False, True, True, False]),
+        ("union", [False, True, True, False]),
+    ],
+)
+def test_known_heads_are_called_as_expected(classifier: str, dynamic: list[bool]) -> None:
+    verdict = classify(scores_of(*known_heads()), PolicyOptions(classifier=classifier))
+    assert verdict.dynamic[0].tolist() == dynamic
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prompt_of_text_alone_is_static_at_any_theta(seed: int) -> None:
+    scores = random_scores(seed, visual=(0, 0))
+    assert not classify(scores, PolicyOptions(classifier="text_mass", theta=1.0)).dynamic.any()
+
+
+def test_static_at_exactly_theta() -> None:
+    scores = random_scores(0)
+    figure = float(classify(scores, PolicyOptions()).figure[0, 0])
+    assert not classify(scores, PolicyOptions(theta=figure)).dynamic[0, 0]

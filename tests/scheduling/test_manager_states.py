@@ -1,0 +1,275 @@
+"""A random life of requests over the real block manager and the real BlockPool: no block is lost or shared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, ceil_pages, make_plan
+from hybridkv_vllm.plugin import register
+from hybridkv_vllm.scheduling.manager import HybridKVManager
+from hybridkv_vllm.scheduling.spec import HybridKVSpec
+
+register()
+init_none_hash(sha256)
+
+POOL_BLOCKS = 40
+SPEC = HybridKVSpec(block_size=PAGE_TOKENS, num_kv_heads=2, head_size=16, dtype=torch.float32)
+
+
+@dataclass
+class Life:
+    """What an outside observer knows of one request.
+
+    Attributes:
+        in_flight: tokens scheduled but not processed.
+    """
+
+    request: Request
+    plan: PromptPlan | None
+    in_flight: int = 0
+
+    @property
+    def processed(self) -> int:
+        return self.request.num_computed_tokens - self.in_flight
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Admits, schedules, processes, preempts, resumes and finishes requests in any order."""
+
+    @initialize(caching=st.booleans())
+    def start(self, caching: bool) -> None:
+        self.manager = KVCacheManager(
+            KVCacheConfig(
+                num_blocks=POOL_BLOCKS,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], SPEC)],
+            ),
+            max_model_len=512,
+            scheduler_block_size=PAGE_TOKENS,
+            hash_block_size=PAGE_TOKENS,
+            enable_caching=caching,
+        )
+        (self.ours,) = self.manager.coordinator.single_type_managers
+        assert isinstance(self.ours, HybridKVManager)
+        self.pool = self.manager.block_pool
+        self.free_at_start = self.pool.get_num_free_blocks()
+        self.lives: dict[str, Life] = {}
+        self.count = 0
+        self.exact: dict[int, tuple[int, ...]] = {}
+
+    @rule(
+        length=st.integers(1, 200),
+        family=st.integers(0, 2),
+        budget=st.sampled_from([None, 0.1, 0.25, 1.0]),
+    )
+    def arrive(self, length: int, family: int, budget: float | None) -> None:
+        """Prompts of one family share their prefix, so prefix hits occur."""
+        self.count += 1
+        request = Request(
+            f"r{self.count}",
+            [family * 1000 + position for position in range(length)],
+            SamplingParams(max_tokens=64),
+            None,
+            block_hasher=get_request_block_hasher(PAGE_TOKENS, sha256),
+        )
+        plan = None
+        if budget is not None and length >= PAGE_TOKENS:
+            plan = make_plan(length, (), budget, longest_window=24)
+            self.ours.add_plan(request.request_id, plan)
+        self.lives[request.request_id] = Life(request, plan)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), chunk=st.integers(1, 96))
+    def schedule(self, data: st.DataObject, chunk: int) -> None:
+        """Schedules a chunk or a decode of one request, as far as the pool allows."""
+        life = self._pick(data)
+        request, plan = life.request, life.plan
+        first = request.request_id not in self.ours.num_cached_block and not self._holds(request)
+        computed, hits, hit_blocks = request.num_computed_tokens, 0, None
+        if first:
+            hit_blocks, hits, _ = self.manager.get_computed_blocks(request)
+            if plan is not None:
+                longest = plan.last_chunk_start // PAGE_TOKENS * PAGE_TOKENS
+                if hits > longest:
+                    hits, hit_blocks = longest, self.manager.truncate_computed_blocks(hit_blocks, longest)
+        start = computed + hits
+        length = min(chunk, request.num_tokens - start)
+        if plan is not None:
+            length = plan.clip_chunk(start, length)
+        if length <= 0:
+            return
+        blocks = self.manager.allocate_slots(
+            request,
+            length,
+            num_new_computed_tokens=hits,
+            new_computed_blocks=hit_blocks,
+            full_sequence_must_fit=first,
+        )
+        if blocks is None:
+            return
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = start + length
+        request.num_in_flight_tokens += length
+        life.in_flight += length
+        for grant in self.ours.take_grants():
+            assert grant.request_id == request.request_id
+            assert request.num_computed_tokens == plan.num_tokens, "granted on the step that ends the prefill"
+            assert len(grant.block_ids) == plan.arena_size
+
+    @precondition(lambda self: any(life.in_flight for life in self.lives.values()))
+    @rule(data=st.data())
+    def process(self, data: st.DataObject) -> None:
+        """A step's output arrives: its tokens are processed, and a full sequence grows by one token."""
+        life = data.draw(st.sampled_from([life for life in self.lives.values() if life.in_flight]))
+        request = life.request
+        life.in_flight, request.num_in_flight_tokens = 0, 0
+        self.manager.remove_skipped_blocks(
+            request.request_id, request.num_computed_tokens, request.num_prompt_tokens
+        )
+        if request.num_computed_tokens >= request.num_tokens:
+            request.append_output_token_ids(7)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        life = self._pick(data)
+        self.manager.free(life.request)
+        life.request.num_computed_tokens = life.request.num_in_flight_tokens = life.in_flight = 0
+        life.request.status = RequestStatus.PREEMPTED
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        """Finished or aborted, at any point of its life."""
+        life = self._pick(data)
+        self.manager.free(life.request)
+        self.ours.drop_plan(life.request.request_id)
+        del self.lives[life.request.request_id]
+
+    @invariant()
+    def blocks_are_conserved(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        holders = Counter(
+            block.block_id
+            for blocks in (*self.ours.req_to_blocks.values(), *self.ours.arenas.values())
+            for block in blocks
+            if not block.is_null
+        )
+        for block in self.pool.blocks:
+            if not block.is_null:
+                assert block.ref_cnt == holders[block.block_id]
+        assert self.pool.get_num_free_blocks() == self.free_at_start - len(holders)
+        if not self.lives:
+            assert not holders
+            assert not self.ours.plans
+
+    @invariant()
+    def arenas_are_private(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        ordinary = {b.block_id for blocks in self.ours.req_to_blocks.values() for b in blocks if not b.is_null}
+        arenas = [block for blocks in self.ours.arenas.values() for block in blocks]
+        assert len({block.block_id for block in arenas}) == len(arenas)
+        assert not ordinary & {block.block_id for block in arenas}
+        assert all(block.block_hash is None for block in arenas), "an arena block is never a prefix-cache hit"
+
+    @invariant()
+    def requests_hold_what_they_should(self) -> None:
+        for request_id, life in getattr(self, "lives", {}).items():
+            plan, blocks = life.plan, self.ours.req_to_blocks.get(request_id, [])
+            if plan is None:
+                assert request_id not in self.ours.arenas
+                continue
+            reached = life.request.num_computed_tokens >= plan.num_tokens
+            assert (request_id in self.ours.arenas) == reached
+            released = life.processed >= plan.num_tokens and reached
+            held = sum(not block.is_null for block in blocks)
+            if released and life.in_flight == 0:
+                tail = ceil_pages(life.request.num_computed_tokens) - plan.num_full_blocks
+                assert held == tail
+            elif reached and life.processed < plan.num_tokens:
+                assert held >= plan.num_full_blocks, "given back before the step was processed"
+            for block in blocks[plan.num_full_blocks :]:
+                assert block.block_hash is None, "a tail block of a compressed request was registered"
+
+    def teardown(self) -> None:
+        for request_id in list(getattr(self, "lives", {})):
+            life = self.lives.pop(request_id)
+            self.manager.free(life.request)
+            self.ours.drop_plan(request_id)
+        if hasattr(self, "pool"):
+            assert self.pool.get_num_free_blocks() == self.free_at_start
+
+    def _pick(self, data: st.DataObject) -> Life:
+        return self.lives[data.draw(st.sampled_from(sorted(self.lives)))]
+
+    def _holds(self, request: Request) -> bool:
+        return bool(self.ours.req_to_blocks.get(request.request_id))
+
+
+ManagerMachine.TestCase.settings = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestManagerStates = ManagerMachine.TestCase
+
+
+def test_the_largest_prompt_fits_a_pool_of_what_the_spec_asks_for() -> None:
+    """`max_memory_usage_bytes` counts prompt, arena and null block, so one longest request always fits."""
+
+    class Config:
+        class model_config:  # noqa: N801 - the shape of vLLM's configuration
+            max_model_len = 512
+
+        additional_config = {"hybridkv": {"budget": 0.25}}
+
+    blocks = SPEC.max_memory_usage_bytes(Config) // SPEC.page_size_bytes
+    assert blocks == 512 // PAGE_TOKENS + 512 // 4 // PAGE_TOKENS + 1
+    manager = KVCacheManager(
+        KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], SPEC)]),
+        max_model_len=512,
+        scheduler_block_size=PAGE_TOKENS,
+        hash_block_size=PAGE_TOKENS,
+        enable_caching=False,
+    )
+    (ours,) = manager.coordinator.single_type_managers
+    request = Request("r", list(range(511)), SamplingParams(max_tokens=1), None)
+    ours.add_plan("r", make_plan(511, (), 0.25, longest_window=64))
+    assert manager.allocate_slots(request, 511, full_sequence_must_fit=True) is not None
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 1.0])
+def test_a_compressed_request_holds_its_arena_and_its_tail(budget: float) -> None:
+    manager = KVCacheManager(
+        KVCacheConfig(200, [], [KVCacheGroupSpec(["layer"], SPEC)]),
+        max_model_len=2048,
+        scheduler_block_size=PAGE_TOKENS,
+        hash_block_size=PAGE_TOKENS,
+        enable_caching=False,
+    )
+    (ours,) = manager.coordinator.single_type_managers
+    free = manager.block_pool.get_num_free_blocks()
+    request = Request("r", list(range(1000)), SamplingParams(max_tokens=8), None)
+    plan = make_plan(1000, (), budget, longest_window=64)
+    ours.add_plan("r", plan)
+    assert manager.allocate_slots(request, 1000) is not None
+    assert free - manager.block_pool.get_num_free_blocks() == 63 + plan.arena_size
+    manager.remove_skipped_blocks("r", 1000, 1000)
+    assert free - manager.block_pool.get_num_free_blocks() == 1 + plan.arena_size
+    assert plan.arena_size == -(-round(budget * 1000) // 16)

@@ -1,0 +1,49 @@
+"""Prepares every Python process of a CPU-only environment for vLLM (loaded by a .pth file; keep it light)."""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+# Defaults, not orders: whatever the user has set wins.
+ENVIRONMENT = {
+    # Triton kernels run under Triton's interpreter, so the GPU's code path runs here too.
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    # GiB of KV cache; without it vLLM's CPU worker asks for a share of all memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM's thread binding wants one core set per rank; small machines have no cores to spare.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Skip the Inductor compilation and warm-up, which cost minutes and buy nothing for small models.
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class TorchvisionSchemas(importlib.abc.MetaPathFinder):
+    """Defines the two operator schemas that a CUDA build of torchvision expects, just before it is imported.
+
+    The package index carries torchvision only as a CUDA build; with CPU torch its import stops at
+    `torchvision::nms`, although the image processors never call it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            self.library = library  # A collected Library takes its schemas with it.
+            torch._hybridkv_torchvision_schemas = self  # type: ignore[attr-defined]
+        return None
+
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+sys.meta_path.insert(0, TorchvisionSchemas())

@@ -1,0 +1,1 @@
+"""A Triton backend named `cpu`: enough for Triton to be reported as available; kernels run interpreted."""

