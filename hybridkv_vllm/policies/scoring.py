@@ -19,11 +19,10 @@ def pooled_mass(scores: PromptScores) -> Tensor:
     (Li et al. 2024); max and width 7 are our reading of HybridKV.
 
     Returns:
-        `[L, H, T']` fp32, finite.
+        `[L, H, T']` fp32.
     """
-    mass = torch.nan_to_num(scores.mass)
-    parts = [part for part in (mass[..., : scores.past], mass[..., scores.past :]) if part.numel()]
-    pooled = [F.max_pool1d(part, POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2) for part in parts]
+    parts = (scores.mass[..., : scores.past], scores.mass[..., scores.past :])
+    pooled = [F.max_pool1d(part, POOL_WIDTH, 1, POOL_WIDTH // 2) for part in parts if part.numel()]
     return torch.cat(pooled, dim=-1)[..., : scores.compressible]
 
 

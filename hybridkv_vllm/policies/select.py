@@ -29,7 +29,7 @@ def keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
     """Keeps each KV head's best tokens: by priority, then by score, then the lower position.
 
     Args:
-        score: `[L, H, T']` fp32, not negative and not NaN.
+        score: `[L, H, T']` fp32, not negative; NaN counts as the largest.
         priority: `[T']` int64 in {0, 1, 2}, the larger first.
         lengths: `[L, H]` integer in [0, T'], tokens to keep.
 

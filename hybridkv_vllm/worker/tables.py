@@ -68,7 +68,7 @@ def make_work(shape: CacheShape, max_rows: int, device: torch.device) -> DecodeP
         max_rows=max_rows,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
-        num_query_heads=shape.num_query_heads,
+        num_q_heads=shape.num_query_heads,
         head_size=shape.head_size,
         device=device,
     )

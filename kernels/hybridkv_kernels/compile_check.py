@@ -42,6 +42,7 @@ SHAPES: tuple[tuple[torch.dtype, int, tuple[int, ...]], ...] = (
     (torch.bfloat16, 256, (1, 4, 8)),
     (torch.float32, 64, (1, 7)),
     (torch.float32, 128, (1, 4, 7, 8)),
+    (torch.float32, 256, (8,)),
 )
 """(dtype, head size, query groups): tiles depend on the dtype and the head size, the group changes little."""
 

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import torch
+from triton import knobs
+
 
 class LaunchOptions(NamedTuple):
     """The compile-time constants, warps and pipeline stages of one kernel for one shape."""
@@ -18,6 +21,11 @@ class LaunchOptions(NamedTuple):
         """The options of `triton.compile`."""
         # Triton's default for fused multiply-add depends on its version; results should not.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+def widen_dots(dtype: torch.dtype) -> bool:
+    """Whether dots need fp32 operands: Triton's interpreter multiplies the bits of bf16 as integers."""
+    return bool(knobs.runtime.interpret) and dtype == torch.bfloat16
 
 
 def next_power_of_2(value: int) -> int:

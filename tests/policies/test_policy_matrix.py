@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import CASES, PAGE, page_counts, random_scores
+from policy_cases import CASES, PAGE, Allocation, page_counts, random_scores
 from torch import Tensor
 
 from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores, Selection, get_policy
@@ -43,6 +43,21 @@ def ranked(scores: PromptScores, text_prior: bool, layer: int, head: int) -> lis
     return sorted(range(scores.compressible), key=key)
 
 
+def expected_pages(
+    scores: PromptScores, pages: int, options: PolicyOptions, selection: Selection
+) -> list[int]:
+    """Every head static with the tier off; the window counts only where it lies in the arena."""
+    split = options.dynamic_tier != "off"
+    return Allocation(
+        sparsity=selection.sparsity.flatten().tolist(),
+        dynamic=[split and dynamic for dynamic in selection.dynamic.flatten().tolist()],
+        pages=pages,
+        capacity=scores.compressible // PAGE,
+        window=sum(position >= scores.tokens - scores.window for position in range(scores.compressible)),
+        share_ppm=round(options.dynamic_share * 10**6),
+    ).expected()
+
+
 def check(policy: str, scores: PromptScores, pages: int, options: PolicyOptions) -> None:
     selection = get_policy(policy).select(scores, pages, options)
     layers, heads = scores.mass.shape[:2]
@@ -62,6 +77,8 @@ def check(policy: str, scores: PromptScores, pages: int, options: PolicyOptions)
         assert min(pages, most) - int(used.sum()) < scores.heads
     else:
         assert int(used.sum()) == min(pages, most)
+    if policy == "hybridkv":
+        assert used.flatten().tolist() == expected_pages(scores, pages, options, selection)
     if pages >= most:
         assert selection.keep.all()
     if pages >= scores.heads:
@@ -148,11 +165,11 @@ def test_text_comes_before_visual_and_snapkv_makes_no_difference() -> None:
     assert not snap.keep[..., text].all()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e-20, 1e-38])
-def test_tiny_scores_still_rank_visual_tokens(scale: float) -> None:
-    """A key that added the class to the score would lose these differences."""
+@pytest.mark.parametrize("scale", [2.0**-1, 2.0**-60, 2.0**-120])
+def test_closest_scores_still_rank_visual_tokens(scale: float) -> None:
+    """Neighbouring fp32 numbers: a key that added the class to the score would lose their order."""
     tokens = 128
-    mass = torch.linspace(1, 2, tokens).mul(scale).expand(1, 1, tokens).contiguous()
+    mass = (1 + torch.arange(tokens) * 2.0**-23).mul(scale).expand(1, 1, tokens).contiguous()
     scores = PromptScores(mass, torch.ones_like(mass), torch.ones(tokens, dtype=torch.bool), 1, 1, tokens)
     keep = get_policy("hybridkv").select(scores, 2, PolicyOptions()).keep[0, 0]
     # Pooling spreads the last token before the window, at 126, no further than 126 itself.

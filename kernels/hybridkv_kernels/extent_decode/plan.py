@@ -16,8 +16,8 @@ from .tables import DecodeTables
 SPLIT_GRANULE = 4
 # Without a GPU there is nothing to fill; a few programs exercise the same code.
 CPU_TARGET_PROGRAMS = 16
-# Blocks of work per multiprocessor that keep the memory system busy.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# As many as fit on a multiprocessor at once (shared memory, D = 128), so that equal splits make one wave.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @triton.jit(do_not_specialize=["items", "target_programs", "min_pages"])
@@ -81,7 +81,7 @@ def launch_options(num_layers: int, num_kv_heads: int) -> LaunchOptions:
         "GRANULE": SPLIT_GRANULE,
         "TILE": 1024,
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=1)
+    return LaunchOptions(constexprs, num_warps=8, num_stages=1)
 
 
 @dataclass(eq=False)
@@ -134,7 +134,7 @@ class DecodePlan:
             num_q_heads: Hq = G*H.
             head_size: D.
             device: where the pool is.
-            target_programs: splits to aim at per layer; by default 4 for each multiprocessor of the device.
+            target_programs: splits to aim at per layer; by default 2 for each multiprocessor of the device.
             min_pages: least pages of a split, at least 1.
 
         Raises:

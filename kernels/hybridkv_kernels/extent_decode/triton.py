@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LaunchOptions, next_power_of_2
+from ..launch import LaunchOptions, next_power_of_2, widen_dots
 from ..pages import PAGE
 from .paging import head_lengths
 from .plan import DecodePlan
@@ -50,6 +50,7 @@ def decode_kernel(
     HEAD_PAD: tl.constexpr,
     TILE_PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ) -> None:
     """Attention of one query group over one split of its head's pages."""
     BLOCK_PAGES: tl.constexpr = LAYERS * HEADS
@@ -78,6 +79,8 @@ def decode_kernel(
     group_mask = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     q_offset = row * stride_query_row + (head * GROUP + member) * stride_query_head
     q = tl.load(query + q_offset[:, None] + dim[None, :], mask=group_mask, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
 
     best = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
@@ -103,6 +106,8 @@ def decode_kernel(
         mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
         k = tl.load(token, mask=mask, other=0.0)
         v = tl.load(token + HEAD_SIZE, mask=mask, other=0.0)
+        if WIDEN:
+            k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
         # A tile's first page has at least one token, so no max stays at -inf.
@@ -192,10 +197,14 @@ def launch_options(
         "GROUP_PAD": 16,
         "HEAD_SIZE": head_size,
         "HEAD_PAD": head_pad,
-        "TILE_PAGES": 2 if full or head_pad > 128 else 4,
+        # 16 KiB of K and as much of V per stage, or less.
+        "TILE_PAGES": max(4 * 128 * 2 // (max(head_pad, 128) * dtype.itemsize), 1),
         "PRECISION": "ieee" if full else "tf32",
+        "WIDEN": widen_dots(dtype),
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=2 if full else 3)
+    # fp32 has no tensor cores and holds its operands in registers: twice the threads, or it spills. Page
+    # numbers are loaded ahead of K and V, so 5 stages keep two tiles of each in flight.
+    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=2 if full else 5)
 
 
 def merge_options(num_kv_heads: int, group: int, head_size: int) -> LaunchOptions:

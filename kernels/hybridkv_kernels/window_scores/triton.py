@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LaunchOptions, next_power_of_2
+from ..launch import LaunchOptions, next_power_of_2, widen_dots
 from ..pages import PAGE
 from .naive import VOTE_SHARE
 
@@ -56,6 +56,14 @@ def load_keys(
     return tl.load(pool + offset[:, None] + dim, mask=(token < end)[:, None] & (dim < HEAD_SIZE), other=0.0)
 
 
+@triton.jit
+def dot_transposed(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
+    """a . b^T in fp32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "rows", "split_tokens", "layer"])
 def statistics_kernel(
     query: tl.tensor,
@@ -79,6 +87,7 @@ def statistics_kernel(
     ROW_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ) -> None:
     """Pass 1: max and sum of exp2 of each row over one split of the keys."""
     row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
@@ -94,7 +103,7 @@ def statistics_kernel(
     for start in range(split * split_tokens, end, KEY_TILE):
         token = start + tl.arange(0, KEY_TILE)
         k = load_keys(pool, blocks, token, end, layer, kv_head, PAGE, LAYERS, HEADS, HEAD_SIZE, HEAD_PAD)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = dot_transposed(q, k, PRECISION, WIDEN) * scale_log2
         seen = (token[None, :] <= position[:, None]) & (token[None, :] < end)
         scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
@@ -161,6 +170,7 @@ def column_kernel(
     ROW_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ) -> None:
     """Pass 2: the sums over all rows, for one tile of keys. Keys come first: a sum then stays in a warp."""
     token = tl.program_id(0) * KEY_TILE + tl.arange(0, KEY_TILE)
@@ -176,7 +186,7 @@ def column_kernel(
         best = tl.load(row_max + kv_head * rows + row, mask=row < rows, other=0.0)
         weight = tl.load(row_weight + kv_head * rows + row, mask=row < rows, other=0.0)
         position = num_tokens - (rows - row + GROUP - 1) // GROUP
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - best[None, :]
+        scores = dot_transposed(k, q, PRECISION, WIDEN) * scale_log2 - best[None, :]
         seen = (token[:, None] <= position[None, :]) & (row[None, :] < rows)
         scores = tl.where(seen, scores, float("-inf"))
         token_mass += tl.sum(tl.exp2(scores) * weight[None, :], axis=1)
@@ -191,19 +201,24 @@ def launch_options(
 ) -> LaunchOptions:
     """How `statistics_kernel` and `column_kernel` are compiled for a model's shape."""
     full = dtype == torch.float32
-    tile = 32 if full else 64
+    head_pad = next_power_of_2(head_size)
+    # fp32 has no tensor cores and holds its operands in registers: small tiles, many threads, or it spills.
+    tile = 64
+    if full:
+        tile = 32 if head_pad <= 128 else 16
     constexprs = {
         "PAGE": PAGE,
         "LAYERS": num_layers,
         "HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_SIZE": head_size,
-        "HEAD_PAD": next_power_of_2(head_size),
+        "HEAD_PAD": head_pad,
         "ROW_TILE": tile,
         "KEY_TILE": tile,
         "PRECISION": "ieee" if full else "tf32",
+        "WIDEN": widen_dots(dtype),
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=2)
+    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=2)
 
 
 def reduce_options() -> LaunchOptions:
