@@ -28,7 +28,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 256, 4, 2, 64
 # Frequencies of M-RoPE for time, height and width, in the real model's proportion.
 MROPE_SECTION = (8, 12, 12)
 MAX_POSITIONS = 32768
-BPE_TOKENS = 1016
+BPE_TOKENS = 952
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
 # Pixels of a picture or a frame: 4 to 1280 visual tokens.
 PIXELS = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": 1280 * (PATCH * MERGE) ** 2}
@@ -122,6 +122,7 @@ OUTPUT_STD = {
 ATTENTION_BIAS_STD = 0.5
 # How far text and pictures lie apart in the hidden state, and how strongly the text heads tell them apart.
 MODALITY_OFFSET = 0.5
+SELF_AVERSION = 0.25
 TEXT_HEAD_GAIN = 4.0
 # RoPE hardly turns these frequencies within MAX_POSITIONS.
 SLOW_FREQUENCIES = 8
@@ -131,9 +132,9 @@ def write_tiny_model(out: Path, *, seed: int = 0, layers: int = 4, force: bool =
     """Writes config, weights (bfloat16), tokenizer, processors and chat template of a small Qwen2.5-VL.
 
     The shape is the real model's at a small size: 4 query heads on 2 KV heads of size 64, and a vision tower
-    of two blocks, one windowed. In each layer every second KV head attends mostly to text. Only pieces of
-    printable text are ever generated, never a special token, so an answer ends at `max_tokens`. The same
-    arguments give the same bytes. Pattern: arXiv:2502.13923 (Qwen2.5-VL).
+    of two blocks, one windowed. In each layer every second KV head attends mostly to text. Greedy decoding
+    yields printable pieces of text only, no special token, so an answer ends at `max_tokens`. The same
+    arguments give the same bytes. Source: arXiv:2502.13923 (Qwen2.5-VL).
 
     Args:
         out: folder to write; made where it is missing. A tiny model that lies there is replaced.
@@ -154,7 +155,11 @@ def write_tiny_model(out: Path, *, seed: int = 0, layers: int = 4, force: bool =
     model = _build_model(_config(tokenizer, layers), tokenizer, seed)
     # The model first: its config marks the folder, so an interrupted run can simply be repeated.
     model.save_pretrained(out)
-    _processor(tokenizer).save_pretrained(out)
+    processor = _processor(tokenizer)
+    processor.save_pretrained(out)
+    # processor_config.json holds these too, but older readers look for files of their own.
+    processor.image_processor.save_pretrained(out)
+    processor.video_processor.save_pretrained(out)
     return out
 
 
@@ -178,10 +183,10 @@ def sample_picture() -> Image.Image:
 
 def _prepare_folder(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose another path (--out)")
+        raise FileExistsError(f"{out} is a file; choose another path")
     if out.is_dir() and any(out.iterdir()) and not force and not _is_tiny_model(out):
         raise FileExistsError(
-            f"{out} is not empty and holds no tiny model; choose another folder (--out) or overwrite it (--force)"
+            f"{out} is not empty and is no tiny model; choose another folder, or overwrite it with --force"
         )
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json"):
@@ -210,14 +215,13 @@ def _train_tokenizer() -> Qwen2Tokenizer:
         ),
     )
     learnt = json.loads(pieces.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    return Qwen2Tokenizer(
         vocab=learnt["vocab"],
         merges=[tuple(pair) for pair in learnt["merges"]],
         eos_token="<|im_end|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=MAX_POSITIONS,
     )
-    return tokenizer
 
 
 def _config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_5_VLConfig:
@@ -313,9 +317,12 @@ def _fill(name: str, module: nn.Linear | nn.Conv3d, generator: torch.Generator) 
 
 def _separate_modalities(model: Qwen2_5_VLForConditionalGeneration, modality: Tensor) -> None:
     """Moves text and pictures apart along one direction, which no logit reads."""
-    model.get_input_embeddings().weight.add_(MODALITY_OFFSET * modality)
+    embeddings = model.get_input_embeddings().weight
+    embeddings.add_(MODALITY_OFFSET * modality)
     model.model.visual.merger.mlp[2].bias.sub_(MODALITY_OFFSET * modality)
     logits = model.lm_head.weight
+    # A token speaks against itself, or greedy decoding would stutter.
+    logits.sub_(SELF_AVERSION * embeddings)
     logits.sub_((logits @ modality / HIDDEN)[:, None] * modality)
 
 

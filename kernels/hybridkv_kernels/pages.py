@@ -44,16 +44,13 @@ def check_pool(pool: Tensor, head_size: int, *like_pool: Tensor) -> None:
     Raises:
         ValueError: for a pool that is not contiguous [P, 16, 2*head_size] in a float dtype, or a mismatch.
     """
-    require(
-        pool.dim() == 3 and pool.shape[1] == PAGE and pool.shape[2] == 2 * head_size,
-        f"pool must be [pages, {PAGE}, {2 * head_size}], not {list(pool.shape)}",
-    )
-    require(pool.is_contiguous(), "pool must be contiguous")
-    require(pool.dtype in POOL_DTYPES, f"pool must be bf16, fp16 or fp32, not {pool.dtype}")
+    if pool.shape[1:] != (PAGE, 2 * head_size) or not pool.is_contiguous():
+        raise ValueError(f"pool must be contiguous [P, {PAGE}, {2 * head_size}], not {list(pool.shape)}")
+    require(pool.dtype in POOL_DTYPES, "pool must be bf16, fp16 or fp32")
     require(head_size <= MAX_HEAD_SIZE, f"head size {head_size} is over {MAX_HEAD_SIZE}")
     for tensor in like_pool:
-        require(tensor.dtype == pool.dtype, f"expected dtype {pool.dtype}, not {tensor.dtype}")
-        require(tensor.device == pool.device, f"expected device {pool.device}, not {tensor.device}")
+        if tensor.dtype != pool.dtype or tensor.device != pool.device:
+            raise ValueError(f"expected the pool's dtype and device, not {tensor.dtype} on {tensor.device}")
         require(tensor.stride(-1) == 1, "the last dimension must be contiguous")
 
 
@@ -66,9 +63,10 @@ def check_index(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> N
     fits = tensor.dim() == len(shape) and all(
         want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
     )
-    require(fits, f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
-    require(tensor.dtype == dtype, f"{name} must be {dtype}, not {tensor.dtype}")
-    require(tensor.is_contiguous(), f"{name} must be contiguous")
+    # Called at every layer: the message is only put together where it is needed.
+    if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+        actual = f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}"
+        raise ValueError(f"{name} must be contiguous, {dtype} {list(shape)}, not {actual}")
 
 
 def group_size(num_q_heads: int, num_kv_heads: int) -> int:

@@ -1,5 +1,7 @@
 """The cache write as one Triton launch: a program per token."""
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,6 +44,7 @@ def cache_write_kernel(
     tl.store(to + HEAD_SIZE, v, mask=mask)
 
 
+@functools.cache
 def launch_options(num_layers: int, num_kv_heads: int, head_size: int) -> LaunchOptions:
     """How `cache_write_kernel` is compiled for a model's shape."""
     constexprs = {

@@ -1,5 +1,7 @@
 """The copy into the arena as one Triton launch: a program per run of tokens of one head."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +43,7 @@ def compact_kernel(
     tl.store(pool + ((target * PAGE + position % PAGE) * ROW)[:, None] + element, row, mask=mask)
 
 
+@functools.cache
 def launch_options(num_layers: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> LaunchOptions:
     """How `compact_kernel` is compiled for a model's shape."""
     row_pad = next_power_of_2(2 * head_size)

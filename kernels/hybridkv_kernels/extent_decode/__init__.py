@@ -54,7 +54,6 @@ def extent_decode(
     require(query.dim() == 3 and query.shape == out.shape, "query and out must both be [N, Hq, D]")
     rows, num_q_heads, head_size = query.shape
     check_pool(pool, head_size, query, out)
-    tables.check()
     group = group_size(num_q_heads, tables.num_kv_heads)
     check_index("row_slot", row_slot, torch.int32, rows)
     check_index("row_len", row_len, torch.int32, rows)

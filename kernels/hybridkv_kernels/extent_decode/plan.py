@@ -1,5 +1,6 @@
 """The step's work list: who decodes which run of pages, balanced over heads of very unequal length."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ def plan_kernel(
     tl.store(layer_offsets + items, used)
 
 
+@functools.cache
 def launch_options(num_layers: int, num_kv_heads: int) -> LaunchOptions:
     """How `plan_kernel` is compiled for a model's shape."""
     constexprs = {
@@ -188,7 +190,6 @@ class DecodePlan:
             ValueError: for a shape or dtype that does not fit.
         """
         rows = row_slot.shape[0]
-        tables.check()
         check_index("row_slot", row_slot, torch.int32, rows)
         check_index("row_len", row_len, torch.int32, rows)
         self.num_rows = rows

@@ -18,6 +18,9 @@ class DecodeTables:
         tail_start: [S] int32, first position that the ordinary blocks serve, a multiple of 16
             (0 = not compressed).
         blocks: [S, B] int32 ordinary block table; index i holds positions 16i..16i+15.
+
+    Raises:
+        ValueError: for a shape, dtype or stride that does not fit. Indices are not checked.
     """
 
     extents: Tensor
@@ -35,12 +38,7 @@ class DecodeTables:
         """H."""
         return self.extents.shape[2]
 
-    def check(self) -> None:
-        """Check shapes, dtypes and strides; nothing is read from the device.
-
-        Raises:
-            ValueError: where one does not fit.
-        """
+    def __post_init__(self) -> None:
         slots = self.extents.shape[0]
         check_index("extents", self.extents, torch.int32, -1, -1, -1, 2)
         check_index("arena", self.arena, torch.int32, slots, -1)

@@ -1,5 +1,6 @@
 """Extent decode in Triton: a program per split of the plan's work list, and a merge of the split heads."""
 
+import functools
 import math
 
 import torch
@@ -182,6 +183,7 @@ def merge_kernel(
     tl.store(to, result.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
 
 
+@functools.cache
 def launch_options(
     num_layers: int, num_kv_heads: int, group: int, head_size: int, dtype: torch.dtype
 ) -> LaunchOptions:
@@ -204,9 +206,10 @@ def launch_options(
     }
     # fp32 has no tensor cores and holds its operands in registers: twice the threads, or it spills. Page
     # numbers are loaded ahead of K and V, so 5 stages keep two tiles of each in flight.
-    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=2 if full else 5)
+    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=3 if full else 5)
 
 
+@functools.cache
 def merge_options(num_kv_heads: int, group: int, head_size: int) -> LaunchOptions:
     """How `merge_kernel` is compiled for a model's shape."""
     constexprs = {

@@ -1,5 +1,6 @@
 """The observation window's attention in Triton: two streaming passes over the keys, no W x T matrix."""
 
+import functools
 import math
 
 import torch
@@ -196,16 +197,17 @@ def column_kernel(
     tl.store(votes + kv_head.to(tl.int64) * stride_votes + token, token_votes, mask=inside)
 
 
+@functools.cache
 def launch_options(
     num_layers: int, num_kv_heads: int, group: int, head_size: int, dtype: torch.dtype
 ) -> LaunchOptions:
     """How `statistics_kernel` and `column_kernel` are compiled for a model's shape."""
     full = dtype == torch.float32
     head_pad = next_power_of_2(head_size)
-    # fp32 has no tensor cores and holds its operands in registers: small tiles, many threads, or it spills.
     tile = 64
     if full:
-        tile = 32 if head_pad <= 128 else 16
+        # fp32 has no tensor cores and holds its operands in registers: larger tiles spill.
+        tile = 32 if head_pad <= 64 else 16
     constexprs = {
         "PAGE": PAGE,
         "LAYERS": num_layers,
@@ -218,9 +220,10 @@ def launch_options(
         "PRECISION": "ieee" if full else "tf32",
         "WIDEN": widen_dots(dtype),
     }
-    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=2)
+    return LaunchOptions(constexprs, num_warps=4, num_stages=2)
 
 
+@functools.cache
 def reduce_options() -> LaunchOptions:
     """How `reduce_kernel` is compiled."""
     return LaunchOptions({"ROW_TILE": 128}, num_warps=4, num_stages=2)
