@@ -112,7 +112,7 @@ OUTPUT_STD = {
     "gate_proj": 1.5,
     "up_proj": 1.0,
     "down_proj": 1.5,
-    "lm_head": 12.0,
+    "lm_head": 16.0,
     "patch_embed.proj": 1.0,
     "attn.qkv": 1.5,
     "attn.proj": 1.0,
@@ -122,8 +122,9 @@ OUTPUT_STD = {
 ATTENTION_BIAS_STD = 0.5
 # How far text and pictures lie apart in the hidden state, and how strongly the text heads tell them apart.
 MODALITY_OFFSET = 0.5
-SELF_AVERSION = 0.25
 TEXT_HEAD_GAIN = 4.0
+# How much of a token's own embedding its logit's weights subtract.
+SELF_AVERSION = 0.33
 # RoPE hardly turns these frequencies within MAX_POSITIONS.
 SLOW_FREQUENCIES = 8
 

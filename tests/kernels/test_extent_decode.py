@@ -6,6 +6,7 @@ import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.extent_decode import DecodePlan, DecodeTables, extent_decode
+from hybridkv_kernels.extent_decode import plan as planning
 from kernel_cases import DecodeCase, assert_close, decode_case, ragged_case
 from torch import Tensor
 
@@ -80,6 +81,15 @@ def test_any_split_gives_the_same(target_programs: int, min_pages: int, device: 
     case = ragged_case(2, 64, torch.float32, device)
     plan = make_plan(case, target_programs, min_pages)
     assert_close(decode(case, 0, "triton", plan), case.dense(0), torch.float32)
+
+
+def test_a_split_may_end_within_a_tile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ragged_case(2, 64, torch.float16, device)
+    monkeypatch.setattr(planning, "SPLIT_GRANULE", 1)
+    monkeypatch.setattr(planning, "launch_options", planning.launch_options.__wrapped__)
+    plan = make_plan(case, target_programs=60, min_pages=3)
+    assert plan.split_pages[0] == 3
+    assert_close(decode(case, 0, "triton", plan), case.dense(0), torch.float16)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -37,13 +37,13 @@ def _decode_row(
     if not valid.any():
         return torch.zeros(num_q_heads, head_size, device=pool.device)
     rows = pool[pages].flatten(1, 2).float()
+    # What a page holds past its end may be NaN, which a weight of zero would let through.
+    rows[~valid] = 0.0
     keys, values = rows.chunk(2, dim=-1)
-    scores = query.float().view(heads, -1, head_size) @ keys.transpose(1, 2) * scale
-    weights = scores.masked_fill(~valid[:, None], -math.inf).softmax(dim=-1)
-    # A head may see nothing where others see something. And what a page holds past its end may be NaN, which
-    # a weight of zero would let through.
-    weights = weights.masked_fill(~valid[:, None], 0.0)
-    values = values.masked_fill(~valid[:, :, None], 0.0)
+    scores = (query.float() * scale).view(heads, -1, head_size) @ keys.transpose(1, 2)
+    weights = scores.masked_fill_(~valid[:, None], -math.inf).softmax(dim=-1)
+    # A head may see nothing where others see something.
+    weights = weights.masked_fill_(~valid[:, None], 0.0)
     return (weights @ values).view(num_q_heads, head_size)
 
 

@@ -2,10 +2,12 @@
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 # Defaults, not orders: whatever the user has set wins.
 ENVIRONMENT = {
@@ -44,6 +46,47 @@ class TorchvisionSchemas(importlib.abc.MetaPathFinder):
         return None
 
 
+class InterpreterMasks(importlib.abc.MetaPathFinder):
+    """Lets Triton's interpreter take masks that numpy has widened, once its module is imported.
+
+    `scalar_condition & tensor_condition` comes out as int8 there, which its loads and stores refuse;
+    vLLM's kernel for structured output has such a mask. A compiled kernel knows one bit only.
+    """
+
+    NAME = "triton.runtime.interpreter"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self._widen(module.InterpreterBuilder)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    @staticmethod
+    def _widen(builder: Any) -> None:
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            mask.data = mask.data.astype(bool)
+            return load(self, ptrs, mask, *rest)
+
+        def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            mask.data = mask.data.astype(bool)
+            return store(self, ptrs, value, mask, *rest)
+
+        builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-sys.meta_path.insert(0, TorchvisionSchemas())
+sys.meta_path[:0] = [TorchvisionSchemas(), InterpreterMasks()]
