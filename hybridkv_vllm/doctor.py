@@ -153,7 +153,7 @@ def examine() -> list[Finding]:
     for check in CHECKS:
         try:
             findings.append(check())
-        except Exception as error:  # noqa: BLE001 - a doctor must report, whatever is broken
+        except Exception as error:
             name = check.__name__.strip("_")
             findings.append(
                 Finding(name, "problem", f"{type(error).__name__}: {error}", "reinstall it (make setup)")

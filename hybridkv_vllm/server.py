@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from hybridkv_vllm.observe.metrics import DIRECTORY_VARIABLE
 
 PLUGINS = "hybridkv,hybridkv_api"
 
@@ -70,6 +72,8 @@ def serve(
         ServerFailed: it stopped or did not answer in time.
     """
     port = free_port()
+    # An engine in this process has set the variable for its own children: the server would add to its counters.
+    inherited = {name: value for name, value in os.environ.items() if name != DIRECTORY_VARIABLE}
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(model),
         "--host", "127.0.0.1", "--port", str(port), *arguments,
@@ -79,7 +83,7 @@ def serve(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_PLUGINS": PLUGINS, **(environment or {})},
+            env={**inherited, "VLLM_PLUGINS": PLUGINS, **(environment or {})},
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", log)
@@ -108,10 +112,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """Asks the server to end; after a while ends its whole process group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVScheduler"
 ASYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVAsyncScheduler"
+# What configurations call a layer whose KV cache holds every token. The last two name its feed-forward part.
+FULL_ATTENTION = {"full_attention", "attention", "sparse", "dense"}
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -60,6 +62,9 @@ def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
         yield "the model uses sliding-window attention"
     if getattr(text, "attention_chunk_size", None) or "chunked_attention" in layer_types:
         yield "the model uses chunked local attention"
+    # vLLM takes a hybrid model that it does not know itself for a plain Transformers model.
+    if others := layer_types - FULL_ATTENTION:
+        yield f"the model has layers of other kinds than full attention ({', '.join(sorted(others))})"
     if model.is_encoder_decoder:
         yield "the model is an encoder-decoder"
     if model.is_mm_prefix_lm:

@@ -25,10 +25,10 @@ class HybridKVSpec(FullAttentionSpec):
         return cls(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of one layer that the longest request holds at once: prompt, arena and the null block.
+        """Bytes of one layer that the longest request holds at once.
 
-        The arena is reserved while the prompt's own blocks are still held.
+        The arena is reserved while the prompt's own blocks are still held. (vLLM counts its null block.)
         """
         max_model_len = vllm_config.model_config.max_model_len
         arena = arena_blocks(server_options(vllm_config).budget_share, max_model_len)
-        return (cdiv(max_model_len, self.block_size) + arena + 1) * self.page_size_bytes
+        return (cdiv(max_model_len, self.block_size) + arena) * self.page_size_bytes

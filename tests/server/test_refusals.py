@@ -1,0 +1,228 @@
+"""What HybridKV cannot serve is refused at the start, in one line that names the remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.plan import PAGE_TOKENS
+from hybridkv_vllm.startup import ASYNC_SCHEDULER, SYNC_SCHEDULER
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+MOE = {"num_experts_per_tok": 1, "moe_intermediate_size": 64}
+# Real architectures at a small size, each with one property that our cache cannot hold.
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "mla": {
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, **MOE,
+        "n_routed_experts": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+    },
+    "sliding window in every layer": {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 512,
+    },
+    "sliding window in one layer": {
+        **QWEN2, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1,
+    },
+    "mamba hybrid": {
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "head_dim": 16, **MOE,
+        "num_experts": 2, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    # vLLM 0.32 dropped its own Bamba and takes it for a plain Transformers model.
+    "mamba through transformers": {
+        "model_type": "bamba", "architectures": ["BambaForCausalLM"], "attn_layer_indices": [1],
+        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
+    },
+    "chunked attention": {
+        "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 512,
+        "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1,
+    },
+    "head size 12": {**QWEN2, "hidden_size": 48},
+    "plain": {**QWEN2},
+    "sliding window switched off": {**QWEN2, "use_sliding_window": False, "sliding_window": 512},
+}
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def model_folder(root: Path, name: str) -> Path:
+    """A folder with the configuration only: nothing is loaded before the checks."""
+    folder = root / name.replace(" ", "-")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**SMALL, "torch_dtype": "float32", **MODELS[name]}))
+    return folder
+
+
+def engine_config(model: Path, options: Mapping[str, Any] | None = None, **settings: Any) -> VllmConfig:
+    """The whole configuration, checked as at every start; with `options` it asks for HybridKV."""
+    arguments: dict[str, Any] = {
+        "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 2048,
+        "skip_tokenizer_init": True, **settings,
+    }
+    if options is not None:
+        arguments["attention_backend"] = "hybridkv"
+        arguments["additional_config"] = {"hybridkv": dict(options)}
+    return EngineArgs(model=str(model), **arguments).create_engine_config()
+
+
+def refusal(model: Path, options: Mapping[str, Any], **settings: Any) -> str:
+    """The one line of the refusal; without HybridKV the same settings pass, so it is our check that refuses."""
+    engine_config(model, **settings)
+    with pytest.raises(HybridKVConfigError) as caught:
+        engine_config(model, options, **settings)
+    line = str(caught.value)
+    assert line.startswith("hybridkv: ")
+    assert "\n" not in line
+    return line
+
+
+def test_a_plain_configuration_passes_and_is_completed(tiny_model: Path) -> None:
+    config = engine_config(tiny_model, {})
+    assert config.scheduler_config.scheduler_cls == SYNC_SCHEDULER
+    assert config.cache_config.block_size == PAGE_TOKENS
+    engine_config(tiny_model, {"budget": 1.0, "window": 32}, block_size=16)
+
+
+@pytest.mark.parametrize("name", ["plain", "sliding window switched off"])
+def test_text_models_pass(tmp_path: Path, name: str) -> None:
+    assert engine_config(model_folder(tmp_path, name), {}).cache_config.block_size == PAGE_TOKENS
+
+
+def test_without_our_backend_nothing_changes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = engine_config(tiny_model, additional_config={"hybridkv": {"budget": 7}})
+    monkeypatch.setattr("hybridkv_vllm.plugin.configure", lambda _: None)
+    stock = engine_config(tiny_model)
+    assert loaded.scheduler_config.scheduler_cls is None
+    assert loaded.attention_config.backend is None
+    assert loaded.cache_config.block_size == stock.cache_config.block_size != PAGE_TOKENS
+    assert loaded.scheduler_config == stock.scheduler_config
+    assert loaded.cache_config == stock.cache_config
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "abc", math.nan])
+def test_a_budget_out_of_range(tiny_model: Path, budget: Any) -> None:
+    line = refusal(tiny_model, {"budget": budget})
+    assert f"option 'budget' is {budget!r}" in line
+    assert "correct --additional-config.hybridkv" in line
+
+
+def test_an_unknown_option(tiny_model: Path) -> None:
+    line = refusal(tiny_model, {"bugdet": 0.1})
+    assert "unknown option 'bugdet' (known: budget, classifier" in line
+
+
+def test_an_unknown_policy(tiny_model: Path) -> None:
+    assert "choose one of" in refusal(tiny_model, {"policy": "best"})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mla", "multi-head latent attention (MLA)"),
+        ("sliding window in every layer", "sliding-window attention"),
+        ("sliding window in one layer", "sliding-window attention"),
+        ("mamba hybrid", "Mamba or linear-attention layers"),
+        ("mamba through transformers", "linear_attention"),
+        ("chunked attention", "chunked local attention"),
+        ("head size 12", "head size 12 is not supported (16 to 256, a multiple of 8)"),
+    ],
+)
+def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) -> None:
+    line = refusal(model_folder(tmp_path, name), {})
+    assert reason in line
+    assert line.endswith("; serve this model with another --attention-backend")
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"kv_transfer_config": CONNECTOR}, "remove --kv-transfer-config"),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+            "remove --decode-context-parallel-size",
+        ),
+        ({"prefill_context_parallel_size": 2}, "remove --prefill-context-parallel-size"),
+        ({"speculative_config": SPECULATION}, "remove --speculative-config"),
+        ({"block_size": 32}, "remove --block-size or set it to 16"),
+        ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
+        (
+            {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64},
+            "--max-num-batched-tokens of at least 72, not 64; raise it, or lower one of them",
+        ),
+        (
+            {"long_prefill_token_threshold": 32},
+            "-token-threshold (32) is below option 'window' (64); raise it, or lower the window",
+        ),
+        ({"runner": "pooling"}, "serve this model with another --attention-backend"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_settings_that_cannot_be_served(tiny_model: Path, settings: dict[str, Any], remedy: str) -> None:
+    assert refusal(tiny_model, {}, **settings).endswith(remedy)
+
+
+def test_the_window_has_its_room_exactly(tiny_model: Path) -> None:
+    room = {"max_num_seqs": 8, "max_model_len": 64}
+    engine_config(tiny_model, {"window": 56}, max_num_batched_tokens=64, **room)
+    assert "of at least 65, not 64" in refusal(tiny_model, {"window": 57}, max_num_batched_tokens=64, **room)
+
+
+def test_model_runner_v1(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.disable_envs_cache()  # An engine started earlier in this process has frozen the variables.
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert refusal(tiny_model, {}).endswith("unset VLLM_USE_V2_MODEL_RUNNER or set it to 1")
+
+
+def test_async_scheduling_gets_the_async_scheduler(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridkv_vllm import startup
+
+    config = engine_config(tiny_model, {})
+    # The CPU platform turns it off; on a GPU it is on by default when our check runs.
+    monkeypatch.setattr(config.scheduler_config, "async_scheduling", True)
+    startup.configure(config)
+    assert config.scheduler_config.scheduler_cls == ASYNC_SCHEDULER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--additional-config.hybridkv.budget", "1.5"], "hybridkv: option 'budget' is 1.5: "),
+        (["--additional-config.hybridkv.bugdet", "0.5"], "hybridkv: unknown option 'bugdet' (known: "),
+        (["--additional-config", '{"hybridkv": {"budget": NaN}}'], "hybridkv: option 'budget' is nan: "),
+    ],
+    ids=["out of range", "unknown name", "not a number"],
+)
+def test_vllm_serve_prints_the_one_line_last(tiny_model: Path, arguments: list[str], expected: str) -> None:
+    vllm = Path(sys.executable).with_name("vllm")
+    # As on a user's command line: without what conftest.py sets for tests, and all plugins allowed.
+    own = ("VLLM_LOGGING_LEVEL", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS", "HYBRIDKV_METRICS_DIR")
+    done = subprocess.run(
+        [vllm, "serve", tiny_model, "--attention-backend", "hybridkv", *arguments],
+        env={name: value for name, value in os.environ.items() if name not in own},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in done.stderr + done.stdout
