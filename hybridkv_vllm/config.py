@@ -22,7 +22,10 @@ class ServerOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: float = Field(
-        default=0.10, gt=0, le=1, allow_inf_nan=False,
+        default=0.10,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
         description="Share of a prompt's KV cache that stays on the GPU.",
     )
     policy: str = Field(default="hybridkv", description="Method that chooses what stays.")
@@ -30,11 +33,17 @@ class ServerOptions(BaseModel):
         default="text_mass", description="Figure by which a KV head is called static or dynamic."
     )
     theta: float = Field(
-        default=0.9, ge=0, le=1, allow_inf_nan=False,
+        default=0.9,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
         description="A head is static where its figure is at least this.",
     )
     dynamic_share: float = Field(
-        default=0.4, ge=0, le=1, allow_inf_nan=False,
+        default=0.4,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
         description="Coefficient r: what dynamic heads get of an equal share of the budget.",
     )
     landmark: Literal["sketch", "mean", "minmax"] = Field(
@@ -46,17 +55,19 @@ class ServerOptions(BaseModel):
         "not built yet.",
     )
     host_pool_gib: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False,
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
         description="Pinned host memory for the chunks of dynamic heads, GiB a rank.",
     )
     recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
     window: int = Field(
-        default=64, ge=2, le=256,
+        default=64,
+        ge=2,
+        le=256,
         description="Longest observation window: prompt queries whose attention decides.",
     )
-    min_prompt_tokens: int = Field(
-        default=1024, ge=1, description="Shorter prompts stay uncompressed."
-    )
+    min_prompt_tokens: int = Field(default=1024, ge=1, description="Shorter prompts stay uncompressed.")
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="Kernel implementation; `auto` is Triton on a GPU, torch elsewhere."
     )

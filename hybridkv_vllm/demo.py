@@ -22,12 +22,21 @@ BUDGET = 0.25
 QUESTION = "Who is in the picture, and what does she wear?"
 MAX_ANSWER_TOKENS = 48
 SERVER_ARGUMENTS = (
-    "--attention-backend", "hybridkv",
-    "--additional-config.hybridkv.budget", str(BUDGET),
+    "--attention-backend",
+    "hybridkv",
+    "--additional-config.hybridkv.budget",
+    str(BUDGET),
     # The small model sees the photograph as a few hundred tokens.
-    "--additional-config.hybridkv.min_prompt_tokens", "128",
-    "--max-model-len", "8192", "--max-num-seqs", "8", "--max-num-batched-tokens", "2048",
-    "--served-model-name", "tiny",
+    "--additional-config.hybridkv.min_prompt_tokens",
+    "128",
+    "--max-model-len",
+    "8192",
+    "--max-num-seqs",
+    "8",
+    "--max-num-batched-tokens",
+    "2048",
+    "--served-model-name",
+    "tiny",
 )
 
 
@@ -96,7 +105,7 @@ def main() -> int:
             server = context.__enter__()
         try:
             console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
-            console.print("[dim]the model's weights are random: it answers with noise, the memory is real[/]\n")
+            console.print("[dim]random weights answer with noise; the memory is real[/]\n")
             prompt_tokens = ask(console, server)
             stats = Stats.model_validate(server.get("/hybridkv/stats").json())
         finally:

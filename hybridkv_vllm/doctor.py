@@ -64,14 +64,14 @@ def _triton() -> Finding:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return Finding(
-            "triton", "problem", "not installed", "pip install triton (Model Runner V2 needs it)"
-        )
+        return Finding("triton", "problem", "not installed", "pip install triton (Model Runner V2 needs it)")
     from vllm.triton_utils import HAS_TRITON
 
     if not HAS_TRITON:
         return Finding(
-            "triton", "problem", f"{version}, but vLLM calls it unusable",
+            "triton",
+            "problem",
+            f"{version}, but vLLM calls it unusable",
             "on a GPU check the driver; on a CPU run make setup, which installs the CPU harness",
         )
     interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
@@ -106,7 +106,9 @@ def _harness() -> Finding:
 def _runner() -> Finding:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
         return Finding(
-            "model runner", "problem", "V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
+            "model runner",
+            "problem",
+            "V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
             "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
         )
     return Finding("model runner", "ok", "V2")
@@ -119,7 +121,9 @@ def _plugin() -> Finding:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         return Finding(
-            "plugin", "problem", f"left out by VLLM_PLUGINS={allowed}",
+            "plugin",
+            "problem",
+            f"left out by VLLM_PLUGINS={allowed}",
             f"add it: VLLM_PLUGINS={','.join(filter(None, (allowed, PLUGIN)))}",
         )
     from vllm.plugins import load_general_plugins
@@ -143,7 +147,15 @@ def _endpoints() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    _python, _torch, _vllm, _triton, _device, _harness, _runner, _plugin, _endpoints,
+    _python,
+    _torch,
+    _vllm,
+    _triton,
+    _device,
+    _harness,
+    _runner,
+    _plugin,
+    _endpoints,
 )
 
 

@@ -1,4 +1,4 @@
-"""What is decided about a prompt before its prefill ends, in plain numbers that scheduler and workers share."""
+"""What is decided about a prompt before its prefill ends, in numbers that scheduler and workers share."""
 
 from __future__ import annotations
 

@@ -130,9 +130,7 @@ def _report_refusals_in_one_line() -> None:
     """A refusal to start prints its one line, not a traceback above it."""
     original = sys.excepthook
 
-    def excepthook(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, HybridKVConfigError):
             print(error, file=sys.stderr)
         else:

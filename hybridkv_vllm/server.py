@@ -72,11 +72,17 @@ def serve(
         ServerFailed: it stopped or did not answer in time.
     """
     port = free_port()
-    # An engine in this process has set the variable for its own children: the server would add to its counters.
+    # Set here by an engine of this process for its own children; the server would count on top of them.
     inherited = {name: value for name, value in os.environ.items() if name != DIRECTORY_VARIABLE}
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model),
-        "--host", "127.0.0.1", "--port", str(port), *arguments,
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *arguments,
     ]
     with log.open("w") as output:
         process = subprocess.Popen(

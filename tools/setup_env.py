@@ -26,7 +26,7 @@ def check_machine() -> None:
     """Refuses what cannot work before anything is downloaded."""
     version = ".".join(map(str, sys.version_info[:3]))
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        refuse(f"Python {version} is not supported; use 3.11 to 3.13, for example: make setup PYTHON=python3.11")
+        refuse(f"Python {version} is not supported; use 3.11 to 3.13: make setup PYTHON=python3.11")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         refuse(f"{platform.system()} on {platform.machine()} is not supported; use Linux on x86_64")
 

@@ -137,9 +137,7 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             tokens = slice(int(bounds[rows.start]), int(bounds[rows.stop]))
             metadata.dense.append(DenseRows(tokens, self._dense.build(0, slice_rows(common, rows))))
 
-    def _replay(
-        self, tables: RequestTables, slot: int, tokens: slice, computed: int
-    ) -> list[DecodeRows]:
+    def _replay(self, tables: RequestTables, slot: int, tokens: slice, computed: int) -> list[DecodeRows]:
         """A preempted request's generated tokens, computed again as they were: against the compressed prompt.
 
         Rare, and no decode step: allocations are in order here.
@@ -151,9 +149,7 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             first_len = computed + 1 + start - tokens.start
             device = self.device
             row_slot = torch.full((stop - start,), slot, dtype=torch.int32, device=device)
-            row_len = torch.arange(
-                first_len, first_len + stop - start, dtype=torch.int32, device=device
-            )
+            row_len = torch.arange(first_len, first_len + stop - start, dtype=torch.int32, device=device)
             work = None
             if tables.work is not None:
                 work = make_work(tables.shape, stop - start, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hybridkv_kernels import Backend
 from hybridkv_kernels.cache_write import cache_write
 from hybridkv_kernels.extent_decode import extent_decode
 from vllm.config import get_current_vllm_config
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from hybridkv_vllm.worker.tables import RequestTables
 
 
-def kernel_backend(options: ServerOptions) -> str:
+def kernel_backend(options: ServerOptions) -> Backend:
     """`triton` or `torch`."""
     if options.kernels == "auto":
         return "triton" if current_platform.is_cuda() else "torch"
@@ -73,9 +74,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         vllm_config = get_current_vllm_config()
         self.options = server_options(vllm_config)
         self.kernel_backend = kernel_backend(self.options)
-        self.dense_backend = dense_backend(
-            self.kernel_backend, vllm_config.model_config.dtype, head_size
-        )
+        self.dense_backend = dense_backend(self.kernel_backend, vllm_config.model_config.dtype, head_size)
         self._dense: DenseImpl
         if self.dense_backend is None:
             self._dense = TorchDenseImpl(head_size, self.scale)
@@ -87,10 +86,8 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         self._layer = -1
         self._log: CompressionLog
 
-    def bind(
-        self, tables: RequestTables, layer: int, options: ServerOptions, log: CompressionLog
-    ) -> None:
-        """Joins the layer to the worker's tables once the KV cache exists; `layer` is its index on this rank."""
+    def bind(self, tables: RequestTables, layer: int, options: ServerOptions, log: CompressionLog) -> None:
+        """Joins the layer, `layer`-th of this rank, to the worker's tables once the KV cache exists."""
         self.tables = tables
         self.options = options
         self._layer = layer

@@ -16,7 +16,7 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
 
-    def budget_share(self, requested: float) -> float:  # noqa: ARG002
+    def budget_share(self, requested: float) -> float:
         return 1.0
 
     def select(self, scores: PromptScores, pages: int, options: PolicyOptions) -> Selection:

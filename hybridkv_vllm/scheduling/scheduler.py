@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -18,11 +18,6 @@ from hybridkv_vllm.observe.metrics import engine_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Span, ceil_pages, make_plan
 from hybridkv_vllm.policies import get_policy
 from hybridkv_vllm.scheduling.manager import HybridKVManager
-
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
 logger = init_logger(__name__)
 
@@ -41,8 +36,8 @@ def visual_spans(request: Request) -> tuple[Span, ...]:
     return tuple(sorted(spans))
 
 
-class _HybridKVScheduling(_Base):
-    """What HybridKV adds to either of vLLM's schedulers (read in 0.32.0)."""
+class HybridKVScheduler(Scheduler):
+    """vLLM's scheduler plus plans, arenas and early returns (hooks read in 0.32.0)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +118,7 @@ class _HybridKVScheduling(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As in vLLM; then the prompt blocks of a step now processed go back, before anything is scheduled."""
+        """As in vLLM; then the prompt blocks of the step just processed go back to the pool."""
         manager = self.hybridkv_manager
         # A request that was aborted or preempted in between has given everything back already.
         grants = [
@@ -149,9 +144,5 @@ class _HybridKVScheduling(_Base):
         return freed
 
 
-class HybridKVScheduler(_HybridKVScheduling, Scheduler):
-    """For engines without async scheduling."""
-
-
-class HybridKVAsyncScheduler(_HybridKVScheduling, AsyncScheduler):
-    """For engines with async scheduling (vLLM requires an `AsyncScheduler` there)."""
+class HybridKVAsyncScheduler(HybridKVScheduler, AsyncScheduler):
+    """The same over vLLM's asynchronous scheduler, which it requires for async scheduling."""

@@ -1,10 +1,11 @@
-"""What ends a prefill: scores while the layers run, then classify, allocate, select and move into the arena."""
+"""What ends a prefill: score while the layers run, then choose what stays and move it into the arena."""
 
 from __future__ import annotations
 
 from collections import deque
 
 import torch
+from hybridkv_kernels import Backend
 from hybridkv_kernels.compact import compact
 from hybridkv_kernels.window_scores import window_scores
 
@@ -28,7 +29,7 @@ class PrefillEnd:
         slot: int,
         plan: PromptPlan,
         last_query: int,
-        backend: str,
+        backend: Backend,
     ) -> None:
         """Allocates the scores.
 

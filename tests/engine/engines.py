@@ -54,18 +54,26 @@ class Ask:
             data["video"] = (
                 self.frames,
                 {
-                    "fps": 2.0, "duration": count / 2, "total_num_frames": count,
-                    "frames_indices": list(range(count)), "do_sample_frames": False,
+                    "fps": 2.0,
+                    "duration": count / 2,
+                    "total_num_frames": count,
+                    "frames_indices": list(range(count)),
+                    "do_sample_frames": False,
                 },
             )
-        text = self.text if self.raw else f"<|im_start|>user\n{vision}{self.text}<|im_end|>\n<|im_start|>assistant\n"
+        chat = f"<|im_start|>user\n{vision}{self.text}<|im_end|>\n<|im_start|>assistant\n"
+        text = self.text if self.raw else chat
         return {"prompt": text, "multi_modal_data": data} if data else {"prompt": text}
 
     def sampling(self, **more: Any) -> SamplingParams:
         """Greedy with log-probabilities, unless the request says otherwise."""
         settings = {
-            "max_tokens": 24, "temperature": 0.0, "logprobs": LOGPROBS, "ignore_eos": True,
-            **self.params, **more,
+            "max_tokens": 24,
+            "temperature": 0.0,
+            "logprobs": LOGPROBS,
+            "ignore_eos": True,
+            **self.params,
+            **more,
         }
         return SamplingParams(**settings)
 
@@ -91,10 +99,17 @@ def lifecycle_asks() -> list[Ask]:
         Ask("text only", SCENE * 12),
         Ask("one picture", "What is this?", (picture(336, 280, 1),)),
         Ask("several pictures", "Compare them, please.", tuple(picture(224, 168, n) for n in (2, 3, 4))),
-        Ask("picture last", "<|im_start|>user\nLook: <|vision_start|><|image_pad|>", (picture(224, 168, 9),), raw=True),
+        Ask(
+            "picture last",
+            "<|im_start|>user\nLook: <|vision_start|><|image_pad|>",
+            (picture(224, 168, 9),),
+            raw=True,
+        ),
         Ask("video", "What happens?", frames=video(8, 5)),
         Ask("two answers", SCENE * 3, params={"n": 2, "temperature": 0.9, "seed": 7}),
-        Ask("structured", SCENE * 4 + "A number:", params={"structured_outputs": digits, "ignore_eos": False}),
+        Ask(
+            "structured", SCENE * 4 + "A number:", params={"structured_outputs": digits, "ignore_eos": False}
+        ),
         Ask("prompt log-probabilities", SCENE * 3, params={"prompt_logprobs": 1}),
     ]
 
@@ -102,7 +117,8 @@ def lifecycle_asks() -> list[Ask]:
 def crowd(count: int = 8, repeats: int = 5, max_tokens: int = 80) -> list[Ask]:
     """Prompts of about 100 tokens with long answers: together more than a small pool holds."""
     return [
-        Ask(f"crowd {n}", f"{n} ships. " + SCENE * repeats, params={"max_tokens": max_tokens}) for n in range(count)
+        Ask(f"crowd {n}", f"{n} ships. " + SCENE * repeats, params={"max_tokens": max_tokens})
+        for n in range(count)
     ]
 
 
@@ -119,7 +135,10 @@ def answers(output: RequestOutput) -> list[Answer]:
     return [
         Answer(
             tuple(completion.token_ids),
-            tuple(place[token].logprob for token, place in zip(completion.token_ids, completion.logprobs, strict=True)),
+            tuple(
+                place[token].logprob
+                for token, place in zip(completion.token_ids, completion.logprobs, strict=True)
+            ),
         )
         for completion in output.outputs
     ]

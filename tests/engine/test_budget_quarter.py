@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from engines import (
     SCENE,
+    TOLERANCE,
     Answer,
     Ask,
     Engine,
@@ -34,7 +35,8 @@ LONG = SCENE * 45  # About 1024 tokens.
 
 def compressible_asks() -> list[Ask]:
     """Requests whose answers a lost or misplaced page would change."""
-    return [ask for ask in lifecycle_asks() if ask.name not in ("shorter than a page", "prompt log-probabilities")]
+    exempt = ("shorter than a page", "prompt log-probabilities")
+    return [ask for ask in lifecycle_asks() if ask.name not in exempt]
 
 
 def count(name: str) -> float:
@@ -73,7 +75,8 @@ def test_pruning_is_real(tiny_model: Path, stock_answers: dict[str, list[Answer]
     """At a quarter the answers differ from stock vLLM's; otherwise the tests above would prove nothing."""
     ask = next(ask for ask in lifecycle_asks() if ask.name == "text only")
     with engine(tiny_model, options=QUARTER) as ours:
-        assert ours.ask([ask])[ask.name][0].logprobs != pytest.approx(stock_answers[ask.name][0].logprobs, abs=1e-3)
+        pruned, exact = ours.ask([ask])[ask.name][0], stock_answers[ask.name][0]
+    assert pruned.logprobs != pytest.approx(exact.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])
@@ -84,7 +87,8 @@ def test_a_request_holds_its_arena_and_its_tail(
     if scheduling == "async":
         schedule_asynchronously(monkeypatch)
     ask = Ask("long", LONG, (picture(224, 224, 3),), params={"max_tokens": 40})
-    freed_before, compressed_before = count("hybridkv_blocks_freed_total"), count("hybridkv_requests_compressed_total")
+    freed_before = count("hybridkv_blocks_freed_total")
+    compressed_before = count("hybridkv_requests_compressed_total")
     with engine(tiny_model, options=QUARTER, max_num_batched_tokens=500) as ours:
         ours.llm.llm_engine.add_request("r", ask.prompt(), ask.sampling())
         seen_after = 0
@@ -148,7 +152,7 @@ def test_more_requests_decode_at_once_in_the_same_memory(tiny_model: Path) -> No
 
 
 def test_a_prompt_and_arena_that_need_the_whole_pool_do_not_lock_up(tiny_model: Path) -> None:
-    """Prompts of the greatest length that the server admits, several of them, in the smallest pool it starts with."""
+    """Several of the longest prompts that the server admits, in the smallest pool it starts with."""
     longest = 400
     pool = ceil_pages(longest) + arena_blocks(0.25, longest) + 1
     asks = [Ask(str(n), f"{n}: " + SCENE * 15, params={"max_tokens": 30}) for n in range(3)]
@@ -169,10 +173,14 @@ def test_a_budget_that_cannot_fit_falls_back_and_is_counted(tiny_model: Path) ->
     assert count("hybridkv_fallbacks_total") == before + 1
 
 
-def test_short_and_disabled_prompts_stay_exact(tiny_model: Path, stock_answers: dict[str, list[Answer]]) -> None:
+def test_short_and_disabled_prompts_stay_exact(
+    tiny_model: Path, stock_answers: dict[str, list[Answer]]
+) -> None:
     asks = [ask for ask in lifecycle_asks() if ask.name in ("text only", "one picture")]
     disabled = [
-        Ask(ask.name, ask.text, ask.pictures, params={**ask.params, "extra_args": {"hybridkv_enabled": False}})
+        Ask(
+            ask.name, ask.text, ask.pictures, params={**ask.params, "extra_args": {"hybridkv_enabled": False}}
+        )
         for ask in asks
     ]
     before = count("hybridkv_requests_compressed_total")
@@ -208,7 +216,11 @@ def test_random_arrivals_aborts_and_preemptions_leave_nothing_behind(
     if scheduling == "async":
         schedule_asynchronously(monkeypatch)
     dice = random.Random(5)
-    settings: dict[str, Any] = {"num_gpu_blocks_override": 48, "max_model_len": 480, "max_num_batched_tokens": 112}
+    settings: dict[str, Any] = {
+        "num_gpu_blocks_override": 48,
+        "max_model_len": 480,
+        "max_num_batched_tokens": 112,
+    }
     with engine(tiny_model, options=QUARTER, **settings) as ours:
         vllm_engine = ours.llm.llm_engine
         live: dict[str, int] = {}
@@ -219,7 +231,9 @@ def test_random_arrivals_aborts_and_preemptions_leave_nothing_behind(
                 ask = Ask("", f"{dice.random()} " + SCENE * dice.randrange(1, 14), pictures)
                 extra = {"hybridkv_budget": dice.choice([0.1, 0.25, 0.5])} if dice.random() < 0.5 else None
                 vllm_engine.add_request(
-                    str(arrived), ask.prompt(), ask.sampling(max_tokens=dice.randrange(1, 60), extra_args=extra)
+                    str(arrived),
+                    ask.prompt(),
+                    ask.sampling(max_tokens=dice.randrange(1, 60), extra_args=extra),
                 )
                 live[str(arrived)] = arrived
                 arrived += 1

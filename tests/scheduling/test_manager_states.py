@@ -1,9 +1,10 @@
-"""A random life of requests over the real block manager and the real BlockPool: no block is lost or shared."""
+"""Random lives of requests over the real block manager and BlockPool: no block is lost or shared."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ class ManagerMachine(RuleBasedStateMachine):
     def arenas_are_private(self) -> None:
         if not hasattr(self, "pool"):
             return
-        ordinary = {b.block_id for blocks in self.ours.req_to_blocks.values() for b in blocks if not b.is_null}
+        tables = self.ours.req_to_blocks.values()
+        ordinary = {block.block_id for blocks in tables for block in blocks if not block.is_null}
         arenas = [block for blocks in self.ours.arenas.values() for block in blocks]
         assert len({block.block_id for block in arenas}) == len(arenas)
         assert not ordinary & {block.block_id for block in arenas}
@@ -234,10 +236,10 @@ def test_the_largest_prompt_fits_a_pool_of_what_the_spec_asks_for() -> None:
     """`max_memory_usage_bytes` counts prompt and arena, so that one longest request always fits."""
 
     class Config:
-        class model_config:  # noqa: N801 - the shape of vLLM's configuration
+        class model_config:
             max_model_len = 512
 
-        additional_config = {"hybridkv": {"budget": 0.25}}
+        additional_config: ClassVar = {"hybridkv": {"budget": 0.25}}
 
     blocks = SPEC.max_memory_usage_bytes(Config) // SPEC.page_size_bytes
     assert blocks == 512 // PAGE_TOKENS + 512 // 4 // PAGE_TOKENS

@@ -84,7 +84,7 @@ def engine_config(model: Path, options: Mapping[str, Any] | None = None, **setti
 
 
 def refusal(model: Path, options: Mapping[str, Any], **settings: Any) -> str:
-    """The one line of the refusal; without HybridKV the same settings pass, so it is our check that refuses."""
+    """The one line of the refusal; the same settings pass without HybridKV, so our check refuses."""
     engine_config(model, **settings)
     with pytest.raises(HybridKVConfigError) as caught:
         engine_config(model, options, **settings)
