@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-fast lint compile-check clean
+.PHONY: setup demo test test-fast lint clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(VENV)
@@ -19,6 +19,7 @@ test-fast: setup
 
 lint: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:

@@ -105,25 +105,36 @@ def _patch_cpu_selector() -> None:
 def _patch_request_check() -> None:
     """Rejects bad `vllm_xargs` in the API process: HTTP 400 before the engine sees the request.
 
-    vLLM validates its own parameters here and offers plugins no hook but a logits processor, which would
-    cost every sampling step.
+    vLLM validates its own parameters in `_validate_params` and offers plugins no hook but a logits
+    processor, which would cost every sampling step. `AsyncLLM.generate` gets there only once its first
+    output is awaited, when a streamed answer has sent its status 200; so its call is checked too.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor._validate_params
-
-    @functools.wraps(original)
-    def validate_params(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(params, SamplingParams) and is_selected(self.vllm_config):
+    def check(vllm_config: VllmConfig, params: Any) -> None:
+        if isinstance(params, SamplingParams) and is_selected(vllm_config):
             try:
                 parse_request_options(params.extra_args)
             except ValueError as error:
                 raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-        return original(self, params, *args, **kwargs)
 
-    InputProcessor._validate_params = validate_params
+    validate, generate = InputProcessor._validate_params, AsyncLLM.generate
+
+    @functools.wraps(validate)
+    def checked_validate(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self.vllm_config, params)
+        return validate(self, params, *args, **kwargs)
+
+    @functools.wraps(generate)
+    def checked_generate(self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self.vllm_config, sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    InputProcessor._validate_params = checked_validate
+    AsyncLLM.generate = checked_generate
 
 
 def _report_refusals_in_one_line() -> None:

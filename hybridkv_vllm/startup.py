@@ -36,7 +36,10 @@ def configure(vllm_config: VllmConfig) -> None:
     Raises:
         HybridKVConfigError: the first thing that cannot be served, with its remedy, in one line.
     """
-    if vllm_config.model_config is None or not is_selected(vllm_config):
+    if vllm_config.model_config is None:
+        return
+    if not is_selected(vllm_config):
+        _warn_of_idle_options(vllm_config)
         return
     options = server_options(vllm_config)
     for problem in _model_problems(vllm_config):
@@ -47,6 +50,25 @@ def configure(vllm_config: VllmConfig) -> None:
         vllm_config.cache_config.block_size = PAGE_TOKENS
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
+    _log_options(options)
+
+
+def _warn_of_idle_options(vllm_config: VllmConfig) -> None:
+    """Options without the flag do nothing, which nobody who gave them wants."""
+    from vllm.logger import init_logger
+
+    if isinstance(vllm_config.additional_config, dict) and "hybridkv" in vllm_config.additional_config:
+        init_logger(__name__).warning_once(
+            "hybridkv: options are given, but not --attention-backend hybridkv; nothing is compressed"
+        )
+
+
+def _log_options(options: ServerOptions) -> None:
+    """Says once what the server will do."""
+    from vllm.logger import init_logger
+
+    given = ", ".join(f"{name}={value}" for name, value in options.model_dump(exclude_none=True).items())
+    init_logger(__name__).info_once("hybridkv: %s", given)
 
 
 def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:

@@ -91,8 +91,10 @@ class HybridKVModelState(DefaultModelState):
         """A request finished or was preempted: its slot's tables are empty again."""
         super().remove_request(req_id)
         slot = self._slots.pop(req_id, None)
-        if slot is not None and self._tables is not None:
+        if slot is not None and self._tables is not None and self._log is not None:
             self._tables.reset(slot)
+            # The last request's figures must not wait for a next one.
+            self._log.collect()
 
     def preprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """vLLM calls this for real batches only, just before `prepare_attn`."""

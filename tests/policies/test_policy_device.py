@@ -18,8 +18,17 @@ from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptS
 
 # Operations whose result's shape, or whose answer to Python, needs the tensor's values.
 WAITING = {
-    "_local_scalar_dense", "_unique2", "equal", "is_nonzero", "item", "masked_select", "nonzero",
-    "nonzero_static", "repeat_interleave", "unique_consecutive", "unique_dim",
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "nonzero_static",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
 }
 
 

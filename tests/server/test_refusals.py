@@ -21,39 +21,79 @@ from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.startup import ASYNC_SCHEDULER, SYNC_SCHEDULER
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
 }
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MOE = {"num_experts_per_tok": 1, "moe_intermediate_size": 64}
 # Real architectures at a small size, each with one property that our cache cannot hold.
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "mla": {
-        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None,
-        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, **MOE,
-        "n_routed_experts": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-        "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        **MOE,
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
     },
     "sliding window in every layer": {
-        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 512,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 512,
     },
     "sliding window in one layer": {
-        **QWEN2, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1,
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 512,
+        "max_window_layers": 1,
     },
     "mamba hybrid": {
-        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "head_dim": 16, **MOE,
-        "num_experts": 2, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "head_dim": 16,
+        **MOE,
+        "num_experts": 2,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],
     },
     # vLLM 0.32 dropped its own Bamba and takes it for a plain Transformers model.
     "mamba through transformers": {
-        "model_type": "bamba", "architectures": ["BambaForCausalLM"], "attn_layer_indices": [1],
-        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
+        "model_type": "bamba",
+        "architectures": ["BambaForCausalLM"],
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
     },
     "chunked attention": {
-        "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 512,
-        "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1,
+        "model_type": "llama4_text",
+        "architectures": ["Llama4ForCausalLM"],
+        "attention_chunk_size": 512,
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 1,
     },
     "head size 12": {**QWEN2, "hidden_size": 48},
     "plain": {**QWEN2},
@@ -74,8 +114,12 @@ def model_folder(root: Path, name: str) -> Path:
 def engine_config(model: Path, options: Mapping[str, Any] | None = None, **settings: Any) -> VllmConfig:
     """The whole configuration, checked as at every start; with `options` it asks for HybridKV."""
     arguments: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 2048,
-        "skip_tokenizer_init": True, **settings,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "skip_tokenizer_init": True,
+        **settings,
     }
     if options is not None:
         arguments["attention_backend"] = "hybridkv"
@@ -96,7 +140,8 @@ def refusal(model: Path, options: Mapping[str, Any], **settings: Any) -> str:
 
 def test_a_plain_configuration_passes_and_is_completed(tiny_model: Path) -> None:
     config = engine_config(tiny_model, {})
-    assert config.scheduler_config.scheduler_cls == SYNC_SCHEDULER
+    scheduler = config.scheduler_config
+    assert scheduler.scheduler_cls == (ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER)
     assert config.cache_config.block_size == PAGE_TOKENS
     engine_config(tiny_model, {"budget": 1.0, "window": 32}, block_size=16)
 
@@ -112,7 +157,6 @@ def test_without_our_backend_nothing_changes(tiny_model: Path, monkeypatch: pyte
     stock = engine_config(tiny_model)
     assert loaded.scheduler_config.scheduler_cls is None
     assert loaded.attention_config.backend is None
-    assert loaded.cache_config.block_size == stock.cache_config.block_size != PAGE_TOKENS
     assert loaded.scheduler_config == stock.scheduler_config
     assert loaded.cache_config == stock.cache_config
 

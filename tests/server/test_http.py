@@ -1,0 +1,422 @@
+"""A real `vllm serve`: what clients get, what operators see, and that both tell the same story."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from openai import BadRequestError, OpenAI
+from openai.types.chat import ChatCompletion
+from prometheus_client.parser import text_string_to_metric_families
+
+from hybridkv_vllm.demo import picture_url
+from hybridkv_vllm.observe.api import Stats
+from hybridkv_vllm.observe.metrics import METRICS, engine_metrics, prepare_directory
+from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, make_plan
+from hybridkv_vllm.server import Server, ServerFailed, serve
+from hybridkv_vllm.tiny_model import sample_picture
+
+pytestmark = pytest.mark.slow
+
+MODEL = "tiny"
+BUDGET = 0.25
+MIN_PROMPT_TOKENS = 64
+MAX_MODEL_LEN = 1024
+# A prompt of this length and its arena fit; at budget 1.0 they do not (see the fallback test).
+NUM_BLOCKS = 88
+NUM_HEADS = 4 * 2  # The tiny model's layers times its KV heads.
+ARGUMENTS = (
+    "--attention-backend",
+    "hybridkv",
+    "--additional-config.hybridkv.budget",
+    str(BUDGET),
+    "--additional-config.hybridkv.min_prompt_tokens",
+    str(MIN_PROMPT_TOKENS),
+    "--served-model-name",
+    MODEL,
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    str(MAX_MODEL_LEN),
+    "--max-num-seqs",
+    "4",
+    "--max-num-batched-tokens",
+    "1024",
+    "--num-gpu-blocks-override",
+    str(NUM_BLOCKS),
+)
+# As on a user's machine; tests/conftest.py sets other values for engines in the tests' own process.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+QUESTION = "Who is in the picture, and what does she wear?"
+REFUSED = [
+    ({"hybridkv_budget": 0}, "option 'hybridkv_budget' is 0: input should be greater than 0"),
+    ({"hybridkv_budget": 1.5}, "option 'hybridkv_budget' is 1.5: input should be less than or equal to 1"),
+    ({"hybridkv_budget": "abc"}, "option 'hybridkv_budget' is 'abc': input should be a valid number"),
+    ({"hybridkv_enabled": 7}, "option 'hybridkv_enabled' is 7: input should be a valid boolean"),
+    ({"hybridkv_bugdet": 0.2}, "unknown option 'hybridkv_bugdet' (known: hybridkv_budget, hybridkv_enabled)"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # What an engine in this process has counted must not show up in the server.
+    prepare_directory()
+    engine_metrics().compressed(make_plan(12345, (), BUDGET, 64))
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(tiny_model, ARGUMENTS, log, environment=ENVIRONMENT) as it:
+        assert Counters(it).values["hybridkv_requests_compressed_total"] == 0
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+class Counters:
+    """What `/metrics` shows now; labels are part of the name, as Prometheus prints them."""
+
+    def __init__(self, server: Server) -> None:
+        self.values: dict[str, float] = {}
+        self.names: set[str] = set()
+        for family in text_string_to_metric_families(server.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name.startswith(("hybridkv_", "vllm:kv_cache_usage", "vllm:num_requests_running")):
+                    own = {k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")}
+                    label = "".join(f'{{{name}="{value}"}}' for name, value in own.items())
+                    self.values[sample.name + label] = sample.value
+                    self.names.add(sample.name)
+
+    def since(self, before: Counters) -> dict[str, float]:
+        """What has grown (or shrunk)."""
+        changes = {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
+        return {name: change for name, change in changes.items() if change}
+
+
+def expected_counts(prompts: list[int], budgets: list[float]) -> dict[str, float]:
+    """What compressing these prompts adds to the counters, from their lengths alone."""
+    counts = {
+        "hybridkv_requests_compressed_total": len(prompts),
+        "hybridkv_prompt_tokens_total": sum(prompts),
+        "hybridkv_blocks_freed_total": sum(tokens // PAGE_TOKENS for tokens in prompts),
+        "hybridkv_kept_tokens_total": sum(kept_tokens(*pair) for pair in zip(prompts, budgets, strict=True)),
+        # Classified heads, whatever their type; `assert_counted` adds up the types.
+        "hybridkv_heads": len(prompts) * NUM_HEADS,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def kept_tokens(tokens: int, budget: float) -> int:
+    """Tokens kept per head where the arena is full: its pages and the partial block, which is in the tail."""
+    in_blocks = tokens // PAGE_TOKENS * PAGE_TOKENS
+    return min(in_blocks, arena_blocks(budget, tokens) * PAGE_TOKENS) + tokens % PAGE_TOKENS
+
+
+def assert_counted(changes: Mapping[str, float], prompts: list[int], budgets: list[float]) -> None:
+    """Nothing but these compressions has changed the counters."""
+    changes = dict(changes)
+    heads = sum(changes.pop(f'hybridkv_heads{{type="{kind}"}}', 0.0) for kind in ("static", "dynamic"))
+    assert {**changes, **({"hybridkv_heads": heads} if heads else {})} == expected_counts(prompts, budgets)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    """Polls until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def picture_message(question: str = QUESTION) -> list[dict[str, Any]]:
+    """One user turn: the real photograph and a question."""
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": picture_url()}},
+                {"type": "text", "text": question},
+            ],
+        }
+    ]
+
+
+def ask(
+    client: OpenAI, question: str = QUESTION, xargs: Mapping[str, Any] | None = None, **settings: Any
+) -> ChatCompletion:
+    """One greedy answer about the photograph."""
+    extra = {**({"vllm_xargs": dict(xargs)} if xargs else {}), **settings.pop("extra_body", {})}
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=picture_message(question),
+        **{"max_tokens": 12, "temperature": 0, "extra_body": extra, **settings},
+    )
+
+
+def token_logprobs(answer: ChatCompletion) -> list[float]:
+    """The log-probability of each answered token."""
+    return [place.logprob for place in answer.choices[0].logprobs.content]
+
+
+def test_streaming_equals_the_whole_answer(client: OpenAI, server: Server) -> None:
+    before = Counters(server)
+    whole = ask(client)
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=picture_message(),
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert "".join(piece or "" for piece in pieces) == whole.choices[0].message.content != ""
+    assert sum(bool(piece) for piece in pieces) > 1  # It streamed, and not all at once.
+    assert chunks[-1].usage == whole.usage
+    tokens = whole.usage.prompt_tokens
+    # The second time from the prefix cache: the same compression, the same counts.
+    assert_counted(Counters(server).since(before), [tokens, tokens], [BUDGET, BUDGET])
+
+
+def test_logprobs_over_http(client: OpenAI) -> None:
+    answer = ask(client, logprobs=True, top_logprobs=3)
+    places = answer.choices[0].logprobs.content
+    assert len(places) == answer.usage.completion_tokens == 12
+    for place in places:
+        assert place.logprob <= 0
+        # Greedy: the chosen token is the likeliest of those shown.
+        assert place.token == place.top_logprobs[0].token
+        assert len(place.top_logprobs) == 3
+
+
+def test_two_answers_are_two_compressions_of_one_prompt(client: OpenAI, server: Server) -> None:
+    before = Counters(server)
+    answer = ask(client, n=2, temperature=1.5, seed=5, extra_body={"ignore_eos": True})
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[0].message.content != answer.choices[1].message.content
+    tokens = answer.usage.prompt_tokens
+    assert_counted(Counters(server).since(before), [tokens, tokens], [BUDGET, BUDGET])
+
+
+def test_structured_output(client: OpenAI) -> None:
+    number = "[0-9]{3}-[0-9]{4}"
+    answer = ask(client, "A number, please.", extra_body={"structured_outputs": {"regex": number}})
+    assert re.fullmatch(number, answer.choices[0].message.content)
+    schema = {
+        "type": "object",
+        "properties": {"hat": {"type": "boolean"}, "colour": {"enum": ["blue", "grey"]}},
+        "required": ["hat", "colour"],
+        "additionalProperties": False,
+    }
+    answer = ask(
+        client,
+        "Describe her as JSON.",
+        max_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
+    )
+    described = json.loads(answer.choices[0].message.content)
+    assert isinstance(described["hat"], bool)
+    assert described["colour"] in ("blue", "grey")
+
+
+def test_a_video(client: OpenAI, server: Server, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    frame = np.asarray(sample_picture().resize((168, 168)))[:, :, ::-1]
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 4, (168, 168))
+    for step in range(16):
+        writer.write(np.roll(frame, 8 * step, axis=1))
+    writer.release()
+    url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+    before = Counters(server)
+    answer = client.chat.completions.create(
+        model=MODEL,
+        max_tokens=4,
+        temperature=0,
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": url}},
+                    {"type": "text", "text": "What happens?"},
+                ],
+            }
+        ],
+    )
+    assert answer.usage.completion_tokens == 4
+    assert_counted(Counters(server).since(before), [answer.usage.prompt_tokens], [BUDGET])
+
+
+@pytest.mark.parametrize(("xargs", "message"), REFUSED, ids=[json.dumps(xargs) for xargs, _ in REFUSED])
+def test_bad_options_are_http_400(
+    client: OpenAI, server: Server, xargs: dict[str, Any], message: str
+) -> None:
+    before = Counters(server)
+    with pytest.raises(BadRequestError) as caught:
+        ask(client, xargs=xargs)
+    assert caught.value.status_code == httpx.codes.BAD_REQUEST
+    assert message in caught.value.body["message"]
+    assert "\n" not in caught.value.body["message"]
+    assert caught.value.body["param"] == "vllm_xargs"
+    assert not Counters(server).since(before)
+    # A stream is refused before it starts, with a status and not inside the stream.
+    streamed = httpx.post(
+        server.url + "/v1/completions",
+        timeout=60,
+        json={"model": MODEL, "prompt": [1, 2, 3], "vllm_xargs": xargs, "stream": True},
+    )
+    assert streamed.status_code == httpx.codes.BAD_REQUEST
+    assert message in streamed.json()["error"]["message"]
+    # The server goes on.
+    assert ask(client, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_options_of_others_are_left_alone(client: OpenAI) -> None:
+    assert ask(client, xargs={"other": 3}, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_request_can_go_without_compression_or_keep_everything(client: OpenAI, server: Server) -> None:
+    start = Counters(server)
+    exact = ask(client, xargs={"hybridkv_enabled": False}, logprobs=True)
+    between = Counters(server)
+    assert not between.since(start)
+    everything = ask(client, xargs={"hybridkv_budget": 1.0}, logprobs=True)
+    tokens = exact.usage.prompt_tokens
+    changes = Counters(server).since(between)
+    assert changes["hybridkv_blocks_freed_total"] == tokens // PAGE_TOKENS
+    assert changes["hybridkv_kept_tokens_total"] == tokens
+    assert_counted(changes, [tokens], [1.0])
+    assert everything.choices[0].message.content == exact.choices[0].message.content
+    assert token_logprobs(everything) == pytest.approx(token_logprobs(exact), abs=1e-3)
+    # The server's own budget does drop something: decoding sees it.
+    pruned = token_logprobs(ask(client, logprobs=True))
+    assert pruned[0] == pytest.approx(token_logprobs(exact)[0], abs=1e-3)
+    assert pruned != pytest.approx(token_logprobs(exact), abs=1e-3)
+
+
+def test_short_prompts_stay_uncompressed(client: OpenAI, server: Server) -> None:
+    for tokens, prompts in ((MIN_PROMPT_TOKENS - 1, []), (MIN_PROMPT_TOKENS, [MIN_PROMPT_TOKENS])):
+        before = Counters(server)
+        done = client.completions.create(
+            model=MODEL, prompt=[300 + n for n in range(tokens)], max_tokens=3, temperature=0
+        )
+        assert done.usage.prompt_tokens == tokens
+        assert_counted(Counters(server).since(before), prompts, [BUDGET] * len(prompts))
+
+
+def test_counters_add_up_to_the_responses_usage(client: OpenAI, server: Server) -> None:
+    before = Counters(server)
+    questions = [QUESTION, "What is this?", "Describe the scene in one sentence." * 4, "Why? " * 9] * 2
+    budgets = [BUDGET, 0.5, 0.1, 1.0] * 2
+    with ThreadPoolExecutor(max_workers=len(questions)) as threads:
+        answers = list(
+            threads.map(
+                lambda question, budget: ask(client, question, {"hybridkv_budget": budget}, max_tokens=8),
+                questions,
+                budgets,
+            )
+        )
+    prompts = [answer.usage.prompt_tokens for answer in answers]
+    assert len(set(prompts)) == 4
+    after = Counters(server)
+    assert_counted(after.since(before), prompts, budgets)
+    assert after.values["hybridkv_blocks_arena"] == 0
+
+
+def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Server) -> None:
+    # A prompt that would fill the sequence, and an arena as large as the prompt: more than the whole cache.
+    before = Counters(server)
+    tokens = ask(client, max_tokens=2, xargs={"hybridkv_enabled": False}).usage.prompt_tokens
+    longest = math.ceil(MAX_MODEL_LEN / PAGE_TOKENS)
+    assert longest + arena_blocks(BUDGET, MAX_MODEL_LEN) < NUM_BLOCKS <= longest + arena_blocks(1.0, tokens)
+    answer = ask(
+        client,
+        max_tokens=MAX_MODEL_LEN - tokens,
+        xargs={"hybridkv_budget": 1.0},
+        extra_body={"structured_outputs": {"regex": "[0-9]{3}"}},
+    )
+    assert len(answer.choices[0].message.content) == 3
+    fallback = 'hybridkv_fallbacks_total{reason="pool_too_small"}'
+    assert Counters(server).since(before) == {fallback: 1}
+    ask(client, max_tokens=2)
+
+    now = Counters(server)
+    for name, description in METRICS.items():
+        assert f"{name}_total" if description.kind == "counter" else name in now.names, name
+    stats = Stats.model_validate(server.get("/hybridkv/stats").json())
+    values = now.values
+    assert stats.requests_compressed == values["hybridkv_requests_compressed_total"] > 0
+    assert stats.prompt_tokens == values["hybridkv_prompt_tokens_total"] > 0
+    assert stats.kept_tokens == values["hybridkv_kept_tokens_total"] > 0
+    assert stats.kept_share == stats.kept_tokens / stats.prompt_tokens < 1
+    assert stats.blocks_freed == values["hybridkv_blocks_freed_total"] > 0
+    assert stats.blocks_arena == values["hybridkv_blocks_arena"] == 0
+    assert stats.heads == {kind: values[f'hybridkv_heads{{type="{kind}"}}'] for kind in ("static", "dynamic")}
+    assert sum(stats.heads.values()) == NUM_HEADS * stats.requests_compressed
+    assert stats.fallbacks == {"pool_too_small": values[fallback]}
+    assert stats.options is not None
+    assert (stats.options.budget, stats.options.min_prompt_tokens) == (BUDGET, MIN_PROMPT_TOKENS)
+
+
+def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: Server) -> None:
+    tokens = ask(client, max_tokens=2).usage.prompt_tokens
+    before = Counters(server)
+    body = {
+        "model": MODEL,
+        "messages": picture_message(),
+        "max_tokens": MAX_MODEL_LEN - tokens,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        for _ in range(8):  # Events and the empty lines between them.
+            next(lines)
+        during = Counters(server)
+        assert during.values["hybridkv_blocks_arena"] == arena_blocks(BUDGET, tokens)
+        assert during.values["vllm:num_requests_running"] == 1
+    assert wait_for(lambda: Counters(server).values["hybridkv_blocks_arena"] == 0)
+    assert wait_for(lambda: Counters(server).values["vllm:num_requests_running"] == 0)
+    assert wait_for(lambda: Counters(server).values["vllm:kv_cache_usage_perc"] == 0)
+    assert_counted(Counters(server).since(before), [tokens], [BUDGET])
+    assert ask(client).usage.completion_tokens == 12
+
+
+def test_without_the_endpoint_plugin_the_routes_are_off_and_the_counters_on(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    environment = {**ENVIRONMENT, "VLLM_PLUGINS": "hybridkv"}
+    # Several API servers share vLLM's own directory of counters: another way for ours to /metrics.
+    arguments = (*ARGUMENTS, "--api-server-count", "2")
+    with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:
+        assert httpx.get(it.url + "/hybridkv/stats", timeout=60).status_code == httpx.codes.NOT_FOUND
+        before = Counters(it)
+        with OpenAI(base_url=it.url + "/v1", api_key="none", max_retries=0) as client:
+            tokens = ask(client).usage.prompt_tokens
+        assert_counted(Counters(it).since(before), [tokens], [BUDGET])
+
+
+def test_a_server_that_ends_is_reported_with_its_log(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    start = time.monotonic()
+    reason = r"(?s)exit code 2.* ends with:.*unrecognized arguments: --no-such-flag"
+    with (
+        pytest.raises(ServerFailed, match=reason) as caught,
+        serve(tiny_model, ["--no-such-flag"], log, environment=ENVIRONMENT, timeout=120),
+    ):
+        pytest.fail("the server cannot have started")
+    assert str(log) in str(caught.value)
+    assert time.monotonic() - start < 60

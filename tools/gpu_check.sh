@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell about this tree, in one call. Needs torch, Triton and pytest; where vLLM for
+# CUDA is installed too, engine tests run as well. Logs go to $OUT (default: gpu_check_out).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu_check_out}
+mkdir -p "$OUT"
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+status=0
+
+run() {
+  local name=$1
+  shift
+  echo "== $name"
+  python3 -m pytest -q -p no:cacheprovider "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 15
+  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+}
+
+python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
+# Compiled kernels against their references; policies that may not wait for the device.
+run kernels tests/kernels -m "not slow"
+run policies tests/policies
+if python3 -c 'import vllm' 2>/dev/null; then
+  # vLLM schedules asynchronously on a GPU: the variants that the CPU tests force are what runs anyway.
+  run engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py \
+    -k "not sync and not preempted and not at_once"
+fi
+exit $status
