@@ -20,7 +20,7 @@ def few_asks() -> list[Ask]:
 
 
 def test_triton_kernels_answer_like_the_torch_kernels(tiny_model: Path) -> None:
-    """The GPU's code path, interpreted: our kernels, vLLM's dense attention beside them, and the work split."""
+    """The GPU's code path, interpreted: our kernels, vLLM's dense attention, the work split."""
     asks = [
         Ask("picture", "What?", (picture(112, 112, 1),), params={"max_tokens": 6}),
         Ask("text", "Ships came home. " * 6, params={"max_tokens": 6}),
