@@ -61,7 +61,12 @@ class HybridKVScheduler(Scheduler):
         params = request.sampling_params
         if params is None:
             return None
-        wanted = parse_request_options(params.extra_args)
+        try:
+            wanted = parse_request_options(params.extra_args)
+        except ValueError as error:
+            # The API process rejects these; a front end without our check must not bring the engine down.
+            self._fall_back("bad_request_options", str(error))
+            return None
         num_tokens = request.num_prompt_tokens
         if not wanted.hybridkv_enabled or num_tokens < max(options.min_prompt_tokens, PAGE_TOKENS):
             return None

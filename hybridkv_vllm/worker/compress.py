@@ -20,6 +20,9 @@ class PrefillEnd:
     """One request's compression, alive during the forward that computes its prompt's last token.
 
     Everything runs in stream order on the device; nothing is read back before the step has ended.
+
+    Attributes:
+        plan: what the scheduler decided about the prompt.
     """
 
     def __init__(
