@@ -7,6 +7,7 @@ import io
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from openai import OpenAI
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridkv_vllm.observe.api import Stats
-from hybridkv_vllm.plan import ceil_pages
+from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture, write_tiny_model
 
@@ -85,7 +86,7 @@ def saved_table(prompt_tokens: int, stats: Stats) -> Table:
     table.add_row("kept tokens per KV head (mean)", f"{stats.kept_tokens:.1f}")
     table.add_row("blocks the prompt took", str(before))
     table.add_row("blocks given back", str(stats.blocks_freed))
-    arena = ceil_pages(round(BUDGET * prompt_tokens))
+    arena = arena_blocks(BUDGET, prompt_tokens)
     table.add_row("blocks held while decoding", f"{before - stats.blocks_freed + arena} + generated tokens")
     table.add_row("static heads", str(stats.heads.get("static", 0)))
     table.add_row("dynamic heads", str(stats.heads.get("dynamic", 0)))
@@ -98,18 +99,15 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="hybridkv-demo-"))
     started = time.monotonic()
     try:
-        with console.status("writing a small Qwen2.5-VL with random weights ..."):
-            model = write_tiny_model(folder / "tiny-qwen2.5-vl")
-        with console.status("starting vllm serve --attention-backend hybridkv ..."):
-            context = serve(model, SERVER_ARGUMENTS, folder / "server.log")
-            server = context.__enter__()
-        try:
+        with ExitStack() as running:
+            with console.status("writing a small Qwen2.5-VL with random weights ..."):
+                model = write_tiny_model(folder / "tiny-qwen2.5-vl")
+            with console.status("starting vllm serve --attention-backend hybridkv ..."):
+                server = running.enter_context(serve(model, SERVER_ARGUMENTS, folder / "server.log"))
             console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
             console.print("[dim]random weights answer with noise; the memory is real[/]\n")
             prompt_tokens = ask(console, server)
             stats = Stats.model_validate(server.get("/hybridkv/stats").json())
-        finally:
-            context.__exit__(None, None, None)
     except ServerFailed as error:
         console.print(f"[bold red]{error}[/]", highlight=False)
         return 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hybridkv_kernels.pages import HEAD_SIZES, MAX_GROUP, supports_head_size
+
 from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
@@ -16,6 +18,8 @@ SYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVScheduler"
 ASYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVAsyncScheduler"
 # What configurations call a layer whose KV cache holds every token. The last two name its feed-forward part.
 FULL_ATTENTION = {"full_attention", "attention", "sparse", "dense"}
+# Options that only dynamic heads with chunks of their own make use of.
+FOR_DYNAMIC_TIERS = {"dynamic_share", "landmark", "host_pool_gib", "recall_interval"}
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -58,7 +62,7 @@ def _warn_of_idle_options(vllm_config: VllmConfig) -> None:
     from vllm.logger import init_logger
 
     if isinstance(vllm_config.additional_config, dict) and "hybridkv" in vllm_config.additional_config:
-        init_logger(__name__).warning_once(
+        init_logger(f"vllm.{__name__}").warning_once(
             "hybridkv: options are given, but not --attention-backend hybridkv; nothing is compressed"
         )
 
@@ -68,7 +72,11 @@ def _log_options(options: ServerOptions) -> None:
     from vllm.logger import init_logger
 
     given = ", ".join(f"{name}={value}" for name, value in options.model_dump(exclude_none=True).items())
-    init_logger(__name__).info_once("hybridkv: %s", given)
+    logger = init_logger(f"vllm.{__name__}")
+    logger.info_once("hybridkv: %s", given)
+    idle = sorted(options.model_fields_set & FOR_DYNAMIC_TIERS)
+    if idle and options.dynamic_tier == "off":
+        logger.warning_once("hybridkv: without a dynamic tier these do nothing: %s", ", ".join(idle))
 
 
 def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
@@ -94,12 +102,18 @@ def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
     if model.runner_type != "generate":
         yield "pooling models have no decode to speed up"
     head_size = model.get_head_size()
-    if not 16 <= head_size <= 256 or head_size % 8:
-        yield f"head size {head_size} is not supported (16 to 256, a multiple of 8)"
+    if not supports_head_size(head_size):
+        yield f"head size {head_size} is not supported ({HEAD_SIZES})"
+    heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    if heads > MAX_GROUP * kv_heads:
+        yield f"{heads} query heads share {kv_heads} KV heads on a rank (at most {MAX_GROUP} may share one)"
 
 
 def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterator[str]:
     """What in the server's settings stands against HybridKV, each with its remedy."""
+    from vllm.platforms import current_platform
+
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     parallel = vllm_config.parallel_config
     if not vllm_config.use_v2_model_runner:
@@ -114,18 +128,27 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
         yield "speculative decoding is not supported; remove --speculative-config"
     if parallel.use_ubatching:
         yield "micro-batching is not supported; remove --enable-dbo and --ubatch-size"
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", dtype):
         yield f"KV cache dtype {cache.cache_dtype!r} is not supported; remove --kv-cache-dtype"
     if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
         yield f"block size {cache.block_size} is not supported; remove --block-size or set it to 16"
+    if (
+        options.kernels == "torch"
+        and current_platform.is_cuda()
+        and not vllm_config.model_config.enforce_eager
+    ):
+        yield "option 'kernels' is torch, which CUDA graphs cannot hold; add --enforce-eager or use auto"
     if scheduler.scheduler_cls not in (None, SYNC_SCHEDULER, ASYNC_SCHEDULER):
         yield f"scheduler {scheduler.scheduler_cls!r} is not supported; remove --scheduler-cls"
     # Running decodes come first in a step; what is left must hold a whole observation window.
     needed = options.window + scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens < needed:
+    room = scheduler.max_num_batched_tokens
+    room = min(room, scheduler.max_num_scheduled_tokens or room)
+    if room < needed:
         yield (
             f"option 'window' ({options.window}) and --max-num-seqs ({scheduler.max_num_seqs}) need "
-            f"--max-num-batched-tokens of at least {needed}, not {scheduler.max_num_batched_tokens}; "
+            f"--max-num-batched-tokens (and --max-num-scheduled-tokens) of at least {needed}, not {room}; "
             "raise it, or lower one of them"
         )
     if 0 < scheduler.long_prefill_token_threshold < options.window:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from hybridkv_kernels.pages import supports_head_size
 from vllm.config.cache import CacheDType
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
@@ -15,9 +16,6 @@ from hybridkv_vllm.attention.builder import HybridKVMetadataBuilder
 from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.scheduling.spec import HybridKVSpec
-
-# Bytes that one 16-token page of one KV head may span in a kernel tile bound the head size.
-MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256
 
 
 class HybridKVBackend(AttentionBackend):
@@ -58,7 +56,7 @@ class HybridKVBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Head sizes that the kernels are compiled and tested for."""
-        return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % 8 == 0
+        return supports_head_size(head_size)
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

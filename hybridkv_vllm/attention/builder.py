@@ -22,6 +22,9 @@ from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.worker.compress import PrefillEnd
 from hybridkv_vllm.worker.tables import RequestTables, make_work
 
+# Bounds the partial results of a replay, [rows * H, G, D] in fp32.
+REPLAY_ROWS = 512
+
 
 @dataclass(frozen=True)
 class DecodeRows:
@@ -75,6 +78,8 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         # Any layer's impl leads to the tables, which exist once the cache is bound.
         self._impl: HybridKVImpl = next(iter(layers.values())).impl
+        # vLLM's memory profiling binds a throwaway cache; it must be gone before the real one is allocated.
+        self._impl.release_pool()
         self._dense = make_dense_builder(
             self._impl.dense_backend, kv_cache_spec, layer_names, vllm_config, device
         )
@@ -122,20 +127,27 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             if plan is None:
                 continue
             if computed >= plan.num_tokens:
-                self._add_dense(metadata, common, slice(run_start, row))
+                self._add_dense(metadata, common, slice(run_start, row), alone=False)
                 run_start = row + 1
                 metadata.decodes.extend(self._replay(tables, slot, slice(start, stop), computed))
             elif seq_lens[row] == plan.num_tokens:
+                assert stop - start >= plan.window, "hybridkv: a prefill chunk cut the observation window"
                 metadata.prefill_ends.append(
                     PrefillEnd(tables, self._impl.options, slot, plan, stop, self._impl.kernel_backend)
                 )
-        self._add_dense(metadata, common, slice(run_start, common.num_reqs))
+        rest = slice(run_start, common.num_reqs)
+        self._add_dense(metadata, common, rest, alone=run_start == first_row)
 
-    def _add_dense(self, metadata: HybridKVMetadata, common: CommonAttentionMetadata, rows: slice) -> None:
+    def _add_dense(
+        self, metadata: HybridKVMetadata, common: CommonAttentionMetadata, rows: slice, *, alone: bool
+    ) -> None:
         if rows.start < rows.stop:
             bounds = common.query_start_loc_cpu
             tokens = slice(int(bounds[rows.start]), int(bounds[rows.stop]))
-            metadata.dense.append(DenseRows(tokens, self._dense.build(0, slice_rows(common, rows))))
+            # FlashAttention 3 keeps its schedule in one buffer a builder: a second build of the step would
+            # overwrite it, so only a run that is alone has one.
+            built = self._dense.build(0, slice_rows(common, rows), fast_build=not alone)
+            metadata.dense.append(DenseRows(tokens, built))
 
     def _replay(self, tables: RequestTables, slot: int, tokens: slice, computed: int) -> list[DecodeRows]:
         """A preempted request's generated tokens, computed again as they were: against the compressed prompt.
@@ -143,9 +155,8 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         Rare, and no decode step: allocations are in order here.
         """
         parts = []
-        limit = tables.row_slot.shape[0]
-        for start in range(tokens.start, tokens.stop, limit):
-            stop = min(start + limit, tokens.stop)
+        for start in range(tokens.start, tokens.stop, REPLAY_ROWS):
+            stop = min(start + REPLAY_ROWS, tokens.stop)
             first_len = computed + 1 + start - tokens.start
             device = self.device
             row_slot = torch.full((stop - start,), slot, dtype=torch.int32, device=device)

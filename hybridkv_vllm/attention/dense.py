@@ -60,7 +60,9 @@ def slice_rows(common: CommonAttentionMetadata, rows: slice) -> CommonAttentionM
 class DenseBuilder(Protocol):
     """Builds what `forward` needs to know of a run of prompt rows."""
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata) -> Any:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
         """See vLLM's `AttentionMetadataBuilder.build`."""
 
 
@@ -92,9 +94,11 @@ class TorchRow:
 class TorchDenseBuilder:
     """The torch counterpart of a vLLM metadata builder (CPU: reading lengths costs nothing)."""
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata) -> list[TorchRow]:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> list[TorchRow]:
         """One `TorchRow` a request."""
-        del common_prefix_len
+        del common_prefix_len, fast_build
         bounds = common_attn_metadata.query_start_loc_cpu.tolist()
         return [
             TorchRow(

@@ -83,6 +83,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
                 num_heads, head_size, self.scale, self.num_kv_heads, None, None, kv_cache_dtype
             )
         self.tables: RequestTables
+        self._bound = False
         self._layer = -1
         self._log: CompressionLog
 
@@ -92,6 +93,12 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         self.options = options
         self._layer = layer
         self._log = log
+        self._bound = True
+
+    def release_pool(self) -> None:
+        """Lets go of a KV cache that was bound before, for all layers: they share the tables."""
+        if self._bound:
+            self.tables.pool = self.tables.pool.new_empty(0)
 
     def do_kv_cache_update(
         self,

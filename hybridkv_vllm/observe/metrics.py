@@ -33,7 +33,9 @@ class Description(NamedTuple):
 
 
 METRICS: Mapping[str, Description] = {
-    "hybridkv_requests_compressed": Description("counter", "Prompts whose KV cache was compressed."),
+    "hybridkv_requests_compressed": Description(
+        "counter", "Prompts compressed; once more where a preempted one starts again."
+    ),
     "hybridkv_prompt_tokens": Description("counter", "Tokens of the compressed prompts."),
     "hybridkv_kept_tokens": Description(
         "counter", "Prompt tokens kept per KV head, mean over layers and heads, summed over prompts."
@@ -109,11 +111,11 @@ class EngineMetrics:
     def __init__(self, writer: MetricsWriter) -> None:
         self._writer = writer
 
-    def compressed(self, plan: PromptPlan) -> None:
-        """A prompt's compression was processed and its blocks went back."""
+    def compressed(self, plan: PromptPlan, blocks_freed: int) -> None:
+        """A prompt's compression was processed, and that many blocks went back because of it."""
         self._writer.add("hybridkv_requests_compressed", 1)
         self._writer.add("hybridkv_prompt_tokens", plan.num_tokens)
-        self._writer.add("hybridkv_blocks_freed", plan.num_full_blocks)
+        self._writer.add("hybridkv_blocks_freed", blocks_freed)
 
     def set_arena_blocks(self, num_blocks: int) -> None:
         """Blocks that arenas hold now."""

@@ -11,6 +11,8 @@ from hybridkv_vllm.policies.classify import Verdict
 
 POSITION_BITS = 30
 SCORE_BITS = 31
+# Tokens of all KV heads that are sorted at once.
+SORT_ELEMENTS = 1 << 22
 
 
 def window_first(scores: PromptScores) -> Tensor:
@@ -36,6 +38,17 @@ def keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         `[L, H, T']` bool with exactly `lengths` set in each row.
     """
+    keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    # Sorting takes eight times the scores' own memory, which vLLM has not set aside: a few layers at a time.
+    layers = max(1, SORT_ELEMENTS // max(1, score[0].numel()))
+    for part in range(0, score.shape[0], layers):
+        rows = slice(part, part + layers)
+        keep[rows] = _keep_best(score[rows], priority, lengths[rows])
+    return keep
+
+
+def _keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
+    """`keep_best` of some layers."""
     tokens = score.shape[-1]
     # One integer key holds all three without loss: the bits of floats that are not negative order as they do.
     # No two keys of a row are equal, so a threshold keeps an exact number.

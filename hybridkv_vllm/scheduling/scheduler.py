@@ -19,7 +19,8 @@ from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Span, ceil_pages, make_p
 from hybridkv_vllm.policies import get_policy
 from hybridkv_vllm.scheduling.manager import HybridKVManager
 
-logger = init_logger(__name__)
+# vLLM configures loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
 
 # Name of the attribute that carries a step's arenas on vLLM's SchedulerOutput to the workers.
 GRANTS_ATTRIBUTE = "hybridkv_grants"
@@ -47,6 +48,7 @@ class HybridKVScheduler(Scheduler):
             raise RuntimeError(f"hybridkv: expected its own block manager, found {type(manager).__name__}")
         self.hybridkv_manager = manager
         self.hybridkv_metrics = engine_metrics()
+        self._ending_tokens = 0
 
     def add_request(self, request: Request) -> None:
         """Decides, when a request arrives, whether and how its prompt will be compressed."""
@@ -79,8 +81,8 @@ class HybridKVScheduler(Scheduler):
         if ceil_pages(longest) + plan.arena_size > self.hybridkv_manager.num_usable_blocks():
             self._fall_back(
                 "pool_too_small",
-                "prompt and arena together exceed the KV cache; give the server more KV memory, or the "
-                "request a smaller hybridkv_budget",
+                "prompt, longest answer and arena together exceed the KV cache; give the request a smaller "
+                "max_tokens or hybridkv_budget, or the server more KV memory",
             )
             return None
         return plan
@@ -110,10 +112,19 @@ class HybridKVScheduler(Scheduler):
         """
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         plan = self.hybridkv_manager.plans.get(request.request_id)
-        return num_new_tokens if plan is None else plan.clip_chunk(num_computed_tokens, num_new_tokens)
+        if plan is None:
+            return num_new_tokens
+        length = plan.clip_chunk(num_computed_tokens, num_new_tokens)
+        if num_computed_tokens < plan.num_tokens == num_computed_tokens + length:
+            # The scores of all prompts that end in a step are held together: at most a longest prompt's.
+            if self._ending_tokens and self._ending_tokens + plan.num_tokens > self.max_model_len:
+                return max(0, plan.last_chunk_start - num_computed_tokens)
+            self._ending_tokens += plan.num_tokens
+        return length
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As in vLLM; the arenas reserved in this step travel with its output."""
+        self._ending_tokens = 0
         output = super().schedule(*args, **kwargs)
         grants = self.hybridkv_manager.take_grants()
         if grants:
@@ -134,12 +145,14 @@ class HybridKVScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for grant in grants:
             request = self.requests.get(grant.request_id)
-            if request is not None:
-                processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-                self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
-                if not manager.is_released(grant.request_id):
-                    continue
-            self.hybridkv_metrics.compressed(grant.plan)
+            if request is None:
+                # It ended in this very step, which gave back everything.
+                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
+                continue
+            processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+            self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
+            if manager.is_released(grant.request_id):
+                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=grant.plan.num_full_blocks)
         self.hybridkv_metrics.set_arena_blocks(manager.num_arena_blocks)
         return outputs
 

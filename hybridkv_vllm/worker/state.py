@@ -16,12 +16,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from hybridkv_vllm.attention.impl import HybridKVImpl
-from hybridkv_vllm.config import server_options
+from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.observe.metrics import worker_metrics
-from hybridkv_vllm.plan import ArenaGrant
-from hybridkv_vllm.worker.compress import CompressionLog
+from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
+from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
+
+MIN_WARM_UP_TOKENS = 256
 
 
 class HybridKVModelState(DefaultModelState):
@@ -75,6 +77,29 @@ class HybridKVModelState(DefaultModelState):
         options = server_options(self.vllm_config)
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, options, self._log)
+        if impl.kernel_backend == "triton" and self.device.type == "cuda":
+            self._warm_up(self._tables, impl, options)
+
+    def _warm_up(self, tables: RequestTables, impl: HybridKVImpl, options: ServerOptions) -> None:
+        """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.
+
+        The cache is empty yet, and block 0, which all of slot 0 points at, is nobody's.
+        """
+        shape, slot = tables.shape, 0
+        num_tokens = min(max(options.window, MIN_WARM_UP_TOKENS), self.vllm_config.model_config.max_model_len)
+        if num_tokens < PAGE_TOKENS:
+            return
+        plan = make_plan(num_tokens, (), options.budget_share, options.window)
+        tables.plans[slot] = plan
+        tables.pool[: shape.num_layers * shape.num_kv_heads].zero_()
+        query = torch.zeros(
+            num_tokens, shape.num_query_heads, shape.head_size, dtype=tables.pool.dtype, device=self.device
+        )
+        end = PrefillEnd(tables, options, slot, plan, num_tokens, impl.kernel_backend)
+        for layer in range(shape.num_layers):
+            end.score(query, layer, impl.scale)
+        end.compress()
+        tables.reset(slot)
 
     def accept_grants(self, grants: Sequence[ArenaGrant]) -> None:
         """Takes the arenas of the step about to run (called by the runner patch, see plugin.py)."""

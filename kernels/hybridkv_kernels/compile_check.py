@@ -166,9 +166,11 @@ def source(case: Case) -> ASTSource:
     kernel = getattr(importlib.import_module(f"{__package__}.{case.module}"), case.kernel)
     signature = {}
     attributes = {}
-    for index, name in enumerate(kernel.arg_names):
+    for index, param in enumerate(kernel.params):
+        name = param.name
         signature[name] = _argument_type(name, case.dtype)
-        if signature[name].startswith("*") or name.startswith("stride_"):
+        aligned = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+        if aligned and (signature[name].startswith("*") or name.startswith("stride_")):
             attributes[(index,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
     return ASTSource(fn=kernel, signature=signature, constexprs=case.options.constexprs, attrs=attributes)
 

@@ -12,6 +12,8 @@ MAX_GROUP = 16
 """Most query heads that may share a KV head."""
 
 MAX_HEAD_SIZE = 256
+# What the kernels are compiled and tested for.
+HEAD_SIZES = f"16 to {MAX_HEAD_SIZE}, a multiple of 8"
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -67,6 +69,11 @@ def check_index(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> N
     if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
         actual = f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}"
         raise ValueError(f"{name} must be contiguous, {dtype} {list(shape)}, not {actual}")
+
+
+def supports_head_size(head_size: int) -> bool:
+    """Whether head_size is one of `HEAD_SIZES`."""
+    return 16 <= head_size <= MAX_HEAD_SIZE and head_size % 8 == 0
 
 
 def group_size(num_q_heads: int, num_kv_heads: int) -> int:

@@ -210,8 +210,13 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
         (
             {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64},
-            "--max-num-batched-tokens of at least 72, not 64; raise it, or lower one of them",
+            "of at least 72, not 64; raise it, or lower one of them",
         ),
+        (
+            {"max_num_seqs": 8, "max_num_scheduled_tokens": 48},
+            "of at least 72, not 48; raise it, or lower one of them",
+        ),
+        ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "remove --kv-cache-dtype"),
         (
             {"long_prefill_token_threshold": 32},
             "-token-threshold (32) is below option 'window' (64); raise it, or lower the window",

@@ -11,7 +11,7 @@ from ..launch import LaunchOptions, next_power_of_2
 from ..pages import PAGE
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["source_blocks", "arena_blocks"])
 def compact_kernel(
     pool: tl.tensor,
     dest: tl.tensor,

@@ -65,7 +65,10 @@ def dot_transposed(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr, WIDEN: t
     return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rows", "split_tokens", "layer"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "rows", "split_tokens", "layer"],
+    do_not_specialize_on_alignment=["blocks", "split_max", "split_sum"],
+)
 def statistics_kernel(
     query: tl.tensor,
     pool: tl.tensor,
@@ -117,7 +120,10 @@ def statistics_kernel(
     tl.store(split_sum + to, total, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(
+    do_not_specialize=["rows", "splits"],
+    do_not_specialize_on_alignment=["split_max", "split_sum", "row_max", "row_weight"],
+)
 def reduce_kernel(
     split_max: tl.tensor,
     split_sum: tl.tensor,
@@ -144,7 +150,11 @@ def reduce_kernel(
     tl.store(row_weight + kv_head * rows + row, 1.0 / (total * rows), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rows", "layer"])
+# The strides are a prompt's length: specialised on it, each new length could mean a new compilation.
+@triton.jit(
+    do_not_specialize=["num_tokens", "rows", "layer", "stride_mass", "stride_votes"],
+    do_not_specialize_on_alignment=["blocks", "row_max", "row_weight", "mass", "votes"],
+)
 def column_kernel(
     query: tl.tensor,
     pool: tl.tensor,
