@@ -87,10 +87,9 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         self._layer = -1
         self._log: CompressionLog
 
-    def bind(self, tables: RequestTables, layer: int, options: ServerOptions, log: CompressionLog) -> None:
+    def bind(self, tables: RequestTables, layer: int, log: CompressionLog) -> None:
         """Joins the layer, `layer`-th of this rank, to the worker's tables once the KV cache exists."""
         self.tables = tables
-        self.options = options
         self._layer = layer
         self._log = log
         self._bound = True

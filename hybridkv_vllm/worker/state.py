@@ -16,13 +16,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from hybridkv_vllm.attention.impl import HybridKVImpl
-from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.observe.metrics import worker_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
 
+# Long enough for a few tiles of every kernel.
 MIN_WARM_UP_TOKENS = 256
 
 
@@ -70,22 +70,20 @@ class HybridKVModelState(DefaultModelState):
             max_rows=self.max_num_reqs,
             with_work=impl.kernel_backend == "triton",
         )
-        ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        self._log = CompressionLog(
-            worker_metrics(ranks * self.vllm_config.parallel_config.pipeline_parallel_size), self.device
-        )
-        options = server_options(self.vllm_config)
+        parallel = self.vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._log = CompressionLog(worker_metrics(ranks), self.device)
         for index, layer in enumerate(layers):
-            layer.impl.bind(self._tables, index, options, self._log)
+            layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton" and self.device.type == "cuda":
-            self._warm_up(self._tables, impl, options)
+            self._warm_up(self._tables, impl)
 
-    def _warm_up(self, tables: RequestTables, impl: HybridKVImpl, options: ServerOptions) -> None:
+    def _warm_up(self, tables: RequestTables, impl: HybridKVImpl) -> None:
         """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.
 
         The cache is empty yet, and block 0, which all of slot 0 points at, is nobody's.
         """
-        shape, slot = tables.shape, 0
+        shape, options, slot = tables.shape, impl.options, 0
         num_tokens = min(max(options.window, MIN_WARM_UP_TOKENS), self.vllm_config.model_config.max_model_len)
         if num_tokens < PAGE_TOKENS:
             return
