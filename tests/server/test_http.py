@@ -72,7 +72,7 @@ REFUSED = [
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # What an engine in this process has counted must not show up in the server.
     prepare_directory()
-    engine_metrics().compressed(make_plan(12345, (), BUDGET, 64))
+    engine_metrics().compressed(make_plan(12345, (), BUDGET, 64), blocks_freed=771)
     log = tmp_path_factory.mktemp("server") / "log"
     with serve(tiny_model, ARGUMENTS, log, environment=ENVIRONMENT) as it:
         assert Counters(it).values["hybridkv_requests_compressed_total"] == 0
