@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from policy_cases import CASES, PAGE, Allocation, page_counts, random_scores
 from torch import Tensor
 
-from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores, Selection, get_policy
+from hybridkv_vllm.policies import (
+    CLASSIFIERS,
+    POLICIES,
+    PolicyOptions,
+    PromptScores,
+    Selection,
+    get_policy,
+    select,
+)
 
 TIERS = ("off", "host", "gpu")
 PAGES = tuple(page_counts(CASES["usual"]))
@@ -231,3 +239,15 @@ def test_scores_that_do_not_fit_are_refused(change: dict[str, object], message: 
 def test_options_out_of_range_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         PolicyOptions(**change)
+
+
+def test_sorting_a_few_layers_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts are sorted in parts; prompts as short as these tests' would never be."""
+    generator = torch.Generator().manual_seed(3)
+    score = torch.rand(5, 2, 48, generator=generator)
+    priority = torch.randint(0, 3, (48,), generator=generator)
+    lengths = torch.randint(0, 49, (5, 2), generator=generator)
+    whole = select.keep_best(score, priority, lengths)
+    monkeypatch.setattr(select, "SORT_ELEMENTS", 2 * score[0].numel())
+    assert torch.equal(select.keep_best(score, priority, lengths), whole)
+    assert torch.equal(whole.sum(-1), lengths)
