@@ -23,9 +23,18 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cache_write, compact, extent_decode, window_scores
+from . import (
+    cache_write,
+    chunk_gather,
+    chunk_offload,
+    chunk_select,
+    compact,
+    extent_decode,
+    window_scores,
+)
 from .extent_decode import plan
 from .launch import LaunchOptions
+from .recall.layout import LandmarkLayout
 
 KIB = 1024
 SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
@@ -48,17 +57,24 @@ SHAPES: tuple[tuple[torch.dtype, int, tuple[int, ...]], ...] = (
 
 QUICK_SHAPES = ((torch.bfloat16, 128, (7,)), (torch.bfloat16, 80, (1,)), (torch.float32, 128, (7,)))
 
+MAX_CHUNKS = (512, 2048, 8192)
+"""Chunks of the longest prompt: with more of them, chunk_select has more to hold and takes more warps."""
+
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNEL_MODULES = (
     "cache_write.triton",
+    "chunk_gather.triton",
+    "chunk_offload.triton",
+    "chunk_select.triton",
     "compact.triton",
     "extent_decode.plan",
     "extent_decode.triton",
     "window_scores.triton",
 )
 
-POOL_TYPED = {"query", "key", "value", "pool", "out"}
+POOL_TYPED = {"query", "key", "value", "pool", "store", "out"}
 FLOAT_POINTERS = {
+    "log_weight",
     "mass",
     "votes",
     "split_max",
@@ -72,16 +88,23 @@ INDEX_POINTERS = {
     "arena",
     "arena_blocks",
     "blocks",
+    "chunk_first",
     "dest",
     "extents",
+    "freed",
+    "missing",
+    "num_missing",
     "offsets",
+    "prompt_len",
     "row_len",
     "row_slot",
     "source_blocks",
     "split_pages",
+    "store_blocks",
     "tail_start",
     "work",
 }
+LONG_POINTERS = {"counters", "slot_mapping"}
 FLOAT_SCALARS = {"scale_log2", "vote_log2"}
 POINTER_ALIGNMENT = 16
 
@@ -141,7 +164,17 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
     window = window_scores.fused.launch_options(*heads, group, head_size, dtype)
     decode = extent_decode.fused.launch_options(*heads, group, head_size, dtype)
     merge = extent_decode.fused.merge_options(NUM_KV_HEADS, group, head_size)
+    offload = chunk_offload.fused.launch_options(*heads, head_size, dtype.itemsize)
+    # Other kinds of landmarks differ in numbers only.
+    layout = LandmarkLayout("sketch", head_size, dtype.itemsize)
     yield "cache_write.triton", "cache_write_kernel", cache_write.fused.launch_options(*heads, head_size)
+    for has_store in (True, False):
+        gather = chunk_gather.fused.launch_options(*heads, layout, has_store)
+        yield "chunk_gather.triton", "chunk_gather_kernel", gather
+    yield "chunk_offload.triton", "chunk_offload_kernel", offload
+    for max_chunks in MAX_CHUNKS:
+        select = chunk_select.fused.launch_options(*heads, group, max_chunks, layout)
+        yield "chunk_select.triton", "chunk_select_kernel", select
     yield "compact.triton", "compact_kernel", compact.fused.launch_options(*heads, head_size, dtype)
     yield "extent_decode.plan", "plan_kernel", plan.launch_options(*heads)
     yield "extent_decode.triton", "decode_kernel", decode
@@ -184,7 +217,7 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
         return "*fp32"
     if name in INDEX_POINTERS:
         return "*i32"
-    if name == "slot_mapping":
+    if name in LONG_POINTERS:
         return "*i64"
     return "fp32" if name in FLOAT_SCALARS else "i32"
 
@@ -221,8 +254,9 @@ def run(todo: list[Case], jobs: int) -> list[Result]:
             results.append(result)
             case = result.case
             print(
-                f"[{len(results):3}/{len(todo)}] {case.kernel:18} {case.shape:16} sm_{case.capability:<4}"
-                f"{result.registers:4} regs {result.shared:7} B shared {result.spilled:5} B spilled"
+                f"[{len(results):3}/{len(todo)}] {case.kernel:20} {case.shape:16} sm_{case.capability:<4}"
+                f"{case.options.num_warps:2} warps {result.registers:4} regs {result.shared:7} B shared"
+                f" {result.spilled:5} B spilled"
                 f"  {result.failure or 'ok'}",
                 flush=True,
             )

@@ -1,0 +1,71 @@
+"""One layer's recall: score the chunks, choose, fetch what is missing; the extent decode follows."""
+
+from torch import Tensor
+
+from ..chunk_gather import chunk_gather
+from ..chunk_score import chunk_score
+from ..chunk_select import chunk_select
+from ..extent_decode.tables import DecodeTables
+from ..pages import Backend
+from ..recall.landmarks import Landmarks
+from ..recall.tables import RecallTables
+from ..recall.work import RecallWork
+
+__all__ = ["chunk_recall"]
+
+
+def chunk_recall(
+    query: Tensor,
+    pool: Tensor,
+    store: Tensor | None,
+    row_slot: Tensor,
+    row_len: Tensor,
+    decode: DecodeTables,
+    recall: RecallTables,
+    layer: int,
+    scale: float,
+    landmarks: Landmarks,
+    work: RecallWork,
+    *,
+    interval: int = 1,
+    pin_first: int = 0,
+    pin_recent: int = 0,
+    backend: Backend = "auto",
+) -> None:
+    """Make the chunks hot that N decode rows of one layer need now: the hot slots then hold just these.
+
+    The arguments are those of `chunk_score`, `chunk_select` and `chunk_gather`. Launch shapes depend only on
+    N and the buffers, and nothing synchronises with the host, so the call can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: as these three.
+    """
+    chunk_score(
+        query,
+        pool,
+        row_slot,
+        row_len,
+        decode,
+        recall,
+        layer,
+        scale,
+        landmarks,
+        work,
+        interval=interval,
+        backend=backend,
+    )
+    chunk_select(
+        pool,
+        row_slot,
+        row_len,
+        decode,
+        recall,
+        layer,
+        landmarks.layout,
+        work,
+        interval=interval,
+        pin_first=pin_first,
+        pin_recent=pin_recent,
+        backend=backend,
+    )
+    chunk_gather(pool, store, row_slot, decode, recall, layer, landmarks.layout, work, backend=backend)

@@ -1,0 +1,76 @@
+"""Score every chunk of the heads that recall, from its landmark alone."""
+
+import torch
+from torch import Tensor
+
+from ..extent_decode.tables import DecodeTables
+from ..pages import Backend, check_index, check_pool, group_size, require, use_triton
+from ..recall.landmarks import Landmarks
+from ..recall.tables import RecallTables
+from ..recall.work import RecallWork
+from . import naive
+from . import triton as fused
+
+__all__ = ["chunk_score"]
+
+
+def chunk_score(
+    query: Tensor,
+    pool: Tensor,
+    row_slot: Tensor,
+    row_len: Tensor,
+    decode: DecodeTables,
+    recall: RecallTables,
+    layer: int,
+    scale: float,
+    landmarks: Landmarks,
+    work: RecallWork,
+    *,
+    interval: int = 1,
+    backend: Backend = "auto",
+) -> None:
+    """Estimate, for one layer, how much attention each chunk would get from each member of the query group.
+
+    `work.log_weight[row*H + head, g, c]` becomes log2 of the sum over the chunk's tokens of
+    `2^(log2(e) * scale * estimate)`. The estimate of a query's product with a key is: for sketches the
+    query's product with the centre, exact, plus the rotated query's with the scaled signs; for `mean` its
+    product with the mean key; for `minmax` the largest product that the bounds allow (Quest). Rows that are
+    padding, heads that do not recall, and rows that are not on a selecting step
+    (`(row_len - 1 - prompt_len) % interval == 0`) are left alone.
+
+    Args:
+        query: [N, Hq, D], the pool's dtype; any strides in the first two dims.
+        pool: [num_blocks*L*H, 16, 2*D], contiguous; bf16, fp16 or fp32.
+        row_slot: [N] int32, the row's request slot; -1 for padding.
+        row_len: [N] int32, the query's position + 1, in tokens.
+        decode: the requests' tables.
+        recall: which heads recall.
+        layer: index of the layer, 0..L-1.
+        scale: factor on query . key, 1/sqrt(D) as a rule.
+        landmarks: as they were built.
+        work: receives log_weight; room for N rows.
+        interval: steps between two selections.
+        backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+
+    Raises:
+        ValueError: for a shape, dtype, stride, layer or backend that does not fit. Indices are not checked.
+    """
+    require(query.dim() == 3, "query must be [N, Hq, D]")
+    rows, num_q_heads, head_size = query.shape
+    check_pool(pool, head_size, query)
+    group = group_size(num_q_heads, decode.num_kv_heads)
+    layout = landmarks.layout
+    require(layout.head_size == head_size, f"the landmarks are for head size {layout.head_size}")
+    require(pool.dtype.itemsize == layout.itemsize, f"the layout is for {layout.itemsize} bytes an element")
+    check_index("row_slot", row_slot, torch.int32, rows)
+    check_index("row_len", row_len, torch.int32, rows)
+    require(0 <= layer < decode.num_layers, f"layer {layer} is not within 0..{decode.num_layers - 1}")
+    require(work.log_weight.shape[1] == group, f"the buffers are for groups of {work.log_weight.shape[1]}")
+    require(
+        rows * decode.num_kv_heads <= work.log_weight.shape[0], f"{rows} rows are more than the buffers hold"
+    )
+    require(interval >= 1, "interval must be at least 1")
+    if rows == 0:
+        return
+    score = fused.chunk_score if use_triton(backend, pool) else naive.chunk_score
+    score(query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, interval)

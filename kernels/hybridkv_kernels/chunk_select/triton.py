@@ -1,0 +1,180 @@
+"""The choice of hot chunks as one Triton launch: a program per row and head."""
+
+import functools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..extent_decode.tables import DecodeTables
+from ..launch import LaunchOptions, next_power_of_2
+from ..pages import PAGE
+from ..recall.layout import INDEX_BYTES, LandmarkLayout
+from ..recall.paging import arena_page, recalling_head
+from ..recall.tables import RecallTables
+from ..recall.work import RecallWork
+
+
+@triton.jit(do_not_specialize=["layer", "interval", "pin_first", "pin_recent", "stride_chunks"])
+def chunk_select_kernel(
+    pool: tl.tensor,
+    row_slot: tl.tensor,
+    row_len: tl.tensor,
+    extents: tl.tensor,
+    arena: tl.tensor,
+    chunk_first: tl.tensor,
+    prompt_len: tl.tensor,
+    log_weight: tl.tensor,
+    num_missing: tl.tensor,
+    missing: tl.tensor,
+    freed: tl.tensor,
+    counters: tl.tensor,
+    layer: tl.tensor,
+    interval: tl.tensor,
+    pin_first: tl.tensor,
+    pin_recent: tl.tensor,
+    stride_arena: tl.tensor,
+    stride_chunks: tl.tensor,
+    PAGE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLACES: tl.constexpr,
+    RESERVED: tl.constexpr,
+    PAGE_INTS: tl.constexpr,
+    SLOT_INT: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+) -> None:
+    """Choose the hot chunks of item `program_id(0)`: the key of the last one is found bit by bit."""
+    item = tl.program_id(0)
+    slot, chunks, hot_slots, landmarks, _ = recalling_head(
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
+    )
+    start = tl.load(prompt_len + slot, mask=slot >= 0, other=0)
+    step = tl.load(row_len + item // HEADS) - 1 - start
+    if (chunks == 0) | (step % interval != 0):
+        tl.store(num_missing + item, 0)
+        return
+    chunk = tl.arange(0, TILE)
+    valid = chunk < chunks
+
+    share = tl.full((TILE,), float("-inf"), tl.float32)
+    # Not unrolled: the loads of all members would come first, and fill the registers.
+    for member in range(GROUP):
+        member_weights = log_weight + (item.to(tl.int64) * GROUP + member) * stride_chunks
+        weight = tl.load(member_weights + chunk, mask=valid, other=float("-inf"))
+        # NaN fails the comparison too.
+        weight = tl.where(weight < float("inf"), weight, float("-inf"))
+        best = tl.max(weight, axis=0)
+        best = tl.where(best == float("-inf"), 0.0, best)
+        # At least 1, the best chunk's own, unless no chunk has a weight.
+        total = tl.maximum(tl.sum(tl.exp2(weight - best), axis=0), 1.0)
+        share = tl.maximum(share, weight - (best + tl.log2(total)))
+
+    # The bits of non-negative floats order like the floats. One above them all is for pinned chunks.
+    key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
+    key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
+    key = tl.where(valid, key, -1)
+    threshold = tl.full((), 0, tl.int32)
+    for bit in range(31):
+        candidate = threshold | (1 << (30 - bit))
+        reach = tl.sum((key >= candidate).to(tl.int32), axis=0)
+        threshold = tl.where(reach >= hot_slots, candidate, threshold)
+    room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
+
+    # The rest goes part by part, as the registers have no room for all. Until then the keys wait where the
+    # missing chunks will be listed: the list never overtakes the chunks that were looked at. The barriers
+    # keep the threads' writes of keys, reads of keys and writes of the list in this order.
+    arriving_list = missing + item.to(tl.int64) * stride_chunks
+    leaving_list = freed + item.to(tl.int64) * stride_chunks
+    arena_row = arena + slot.to(tl.int64) * stride_arena
+    tl.store(arriving_list + chunk, key, mask=valid)
+    equal_before = tl.full((), 0, tl.int32)
+    arrived = tl.full((), 0, tl.int32)
+    left = tl.full((), 0, tl.int32)
+    tl.debug_barrier()
+    for start in range(0, chunks, PART):
+        index = start + tl.arange(0, PART)
+        inside = index < chunks
+        waiting = tl.load(arriving_list + index, mask=inside, other=-1)
+        tl.debug_barrier()
+        equal = (waiting == threshold).to(tl.int32)
+        chosen = (waiting > threshold) | ((equal != 0) & (equal_before + tl.cumsum(equal, axis=0) <= room))
+        place = RESERVED + index
+        page = arena_page(arena_row, landmarks + place // PLACES, inside, LAYERS * HEADS)
+        entry = pool.to(tl.pointer_type(tl.int32)) + (page * PAGE_INTS + SLOT_INT + place % PLACES)
+        hot_slot = tl.load(entry, mask=inside, other=-1)
+        arriving = (chosen & (hot_slot < 0)).to(tl.int32)
+        leaving = ((chosen == 0) & (hot_slot >= 0)).to(tl.int32)
+        tl.store(entry, -1, mask=leaving != 0)
+        tl.store(leaving_list + (left + tl.cumsum(leaving, axis=0) - 1), hot_slot, mask=leaving != 0)
+        tl.store(arriving_list + (arrived + tl.cumsum(arriving, axis=0) - 1), index, mask=arriving != 0)
+        equal_before += tl.sum(equal, axis=0)
+        arrived += tl.sum(arriving, axis=0)
+        left += tl.sum(leaving, axis=0)
+    tl.store(num_missing + item, arrived)
+    tl.atomic_add(counters, (hot_slots - arrived).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, arrived.to(tl.int64), sem="relaxed")
+
+
+@functools.cache
+def launch_options(
+    num_layers: int, num_kv_heads: int, group: int, max_chunks: int, layout: LandmarkLayout
+) -> LaunchOptions:
+    """How `chunk_select_kernel` is compiled for a model's shape and the longest prompt."""
+    tile = next_power_of_2(max_chunks)
+    # The tile's keys are held in registers, and the many reductions cost more the more warps there are.
+    num_warps = 4 if tile <= 1024 else 8 if tile <= 4096 else 16
+    constexprs = {
+        "PAGE": PAGE,
+        "LAYERS": num_layers,
+        "HEADS": num_kv_heads,
+        "GROUP": group,
+        "PLACES": layout.places,
+        "RESERVED": layout.reserved,
+        "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
+        "SLOT_INT": layout.slot_offset // INDEX_BYTES,
+        "TILE": tile,
+        "PART": min(tile, num_warps * 128),
+    }
+    return LaunchOptions(constexprs, num_warps=num_warps, num_stages=1)
+
+
+def chunk_select(
+    pool: Tensor,
+    row_slot: Tensor,
+    row_len: Tensor,
+    decode: DecodeTables,
+    recall: RecallTables,
+    layer: int,
+    layout: LandmarkLayout,
+    work: RecallWork,
+    interval: int,
+    pin_first: int,
+    pin_recent: int,
+) -> None:
+    """See `hybridkv_kernels.chunk_select.chunk_select`."""
+    heads = decode.num_kv_heads
+    _, group, max_chunks = work.log_weight.shape
+    chunk_select_kernel[(row_slot.shape[0] * heads,)](
+        pool,
+        row_slot,
+        row_len,
+        decode.extents,
+        decode.arena,
+        recall.chunk_first,
+        recall.prompt_len,
+        work.log_weight,
+        work.num_missing,
+        work.missing,
+        work.freed,
+        work.counters,
+        layer,
+        interval,
+        pin_first,
+        pin_recent,
+        decode.arena.stride(0),
+        max_chunks,
+        **launch_options(decode.num_layers, heads, group, max_chunks, layout).kwargs(),
+    )

@@ -1,0 +1,69 @@
+"""Build the landmarks of the heads that recall, once a prompt is computed."""
+
+import torch
+from torch import Tensor
+
+from ..pages import PAGE, Backend, check_index, check_pool, require, use_triton
+from ..recall.landmarks import Landmarks
+from . import naive
+from . import triton as fused
+
+__all__ = ["landmark_build"]
+
+
+def landmark_build(
+    pool: Tensor,
+    source_blocks: Tensor,
+    arena_blocks: Tensor,
+    extents: Tensor,
+    chunk_first: Tensor,
+    dest: Tensor,
+    landmarks: Landmarks,
+    positions: Tensor | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """Write the landmarks of all layers' recalling heads of one prompt into the pages before their extents.
+
+    Also written: for each chunk the hot slot that holds it, and the tokens' positions where sketches need
+    them. A sketch is a sign bit for each dimension of the key less its head's centre, in a random rotation,
+    and one scale for each token, `|r|^2 / sum |r|` of the rotated rest r (RaBitQ's rescale, Gao and Long
+    2024). The centre is the mean of the keys before the model's rope, and turns with the tokens.
+
+    Args:
+        pool: [num_blocks*L*H, 16, 2*D], contiguous; bf16, fp16 or fp32; written in place.
+        source_blocks: [n] int32, the prompt's full blocks: its n chunks.
+        arena_blocks: [A] int32, the arena's block ids.
+        extents: [L, H, 2] int32, (first logical arena page, length in tokens): a recalling head's hot slots.
+        chunk_first: [L, H] int32, -1 for heads that do not recall, which are left alone.
+        dest: [L, H, 16*n] int32, tokens' positions in the extents as for `compact`; -1 for a chunk that is
+            not hot. A recalling head keeps whole chunks.
+        landmarks: kind, layout, rotation and rope.
+        positions: [axes, 16*n] int32, the tokens' positions; needed where `layout.position_axes` is not 0.
+        backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+
+    Raises:
+        ValueError: for a shape, dtype, stride or backend that does not fit. Indices are not checked.
+    """
+    layout = landmarks.layout
+    check_pool(pool, layout.head_size)
+    require(pool.dtype.itemsize == layout.itemsize, f"the layout is for {layout.itemsize} bytes an element")
+    chunks = source_blocks.shape[0]
+    check_index("source_blocks", source_blocks, torch.int32, -1)
+    check_index("arena_blocks", arena_blocks, torch.int32, -1)
+    check_index("extents", extents, torch.int32, -1, -1, 2)
+    layers, heads, _ = extents.shape
+    check_index("chunk_first", chunk_first, torch.int32, layers, heads)
+    check_index("dest", dest, torch.int32, layers, heads, chunks * PAGE)
+    if chunks == 0:
+        return
+    if layout.position_axes:
+        if positions is None:
+            raise ValueError("sketches of this model need the tokens' positions")
+        require(positions.dtype == torch.int32, f"positions must be int32, not {positions.dtype}")
+        require(
+            positions.shape == (layout.position_axes, chunks * PAGE),
+            f"positions must be [{layout.position_axes}, {chunks * PAGE}], not {list(positions.shape)}",
+        )
+        naive.write_positions(pool, arena_blocks, positions, landmarks, layers * heads)
+    build = fused.landmark_build if use_triton(backend, pool) else naive.landmark_build
+    build(pool, source_blocks, arena_blocks, extents, chunk_first, dest, landmarks, positions)

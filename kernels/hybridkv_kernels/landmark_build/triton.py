@@ -1,0 +1,330 @@
+"""The landmark build in Triton: one launch for the heads' centres, one for all chunks of all heads."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import LaunchOptions, next_power_of_2
+from ..pages import PAGE
+from ..recall.landmarks import Landmarks, Rope
+from ..recall.layout import LandmarkLayout
+from ..recall.paging import arena_page
+from .naive import FP16_MAX
+
+RopeConstants = tuple[tuple[str, Any], ...]
+
+
+@triton.jit
+def token_angles(
+    cos_sin: tl.tensor,
+    axis: tl.tensor,
+    positions: tl.tensor,
+    token: tl.tensor,
+    frequency: tl.tensor,
+    mask: tl.tensor,
+    tokens: tl.tensor,
+    AXES: tl.constexpr,
+    ROTARY: tl.constexpr,
+) -> tl.tensor:
+    """Cosine and sine [len(token), len(frequency)] fp32 that the model's rope has for these tokens."""
+    if AXES == 1:
+        position = tl.broadcast_to(token[:, None], mask.shape)
+    else:
+        on_axis = tl.load(axis + frequency, mask=frequency < ROTARY // 2, other=0)
+        position = tl.load(positions + on_axis[None, :] * tokens + token[:, None], mask=mask, other=0)
+    entry = cos_sin + position.to(tl.int64) * ROTARY + frequency[None, :]
+    cos = tl.load(entry, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(entry + ROTARY // 2, mask=mask, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["source_blocks", "arena_blocks"])
+def centre_kernel(
+    pool: tl.tensor,
+    source_blocks: tl.tensor,
+    arena_blocks: tl.tensor,
+    extents: tl.tensor,
+    chunk_first: tl.tensor,
+    cos_sin: tl.tensor,
+    axis: tl.tensor,
+    positions: tl.tensor,
+    tokens: tl.tensor,
+    PAGE: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    PLACES: tl.constexpr,
+    RESERVED: tl.constexpr,
+    ROPE: tl.constexpr,
+    NEOX: tl.constexpr,
+    AXES: tl.constexpr,
+    ROTARY: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Mean key before the rope of (layer, head) `program_id(0)`, into its first landmark page."""
+    head = tl.program_id(0).to(tl.int64)
+    if tl.load(chunk_first + head) < 0:
+        return
+    # Dimensions in two halves, such that pairs meet: (i, i + R/2) or (2i, 2i + 1), then those not rotated.
+    index = tl.arange(0, HALF_PAD)
+    rotated = index < ROTARY // 2
+    if NEOX:
+        first = tl.where(rotated, index, index + ROTARY // 2)
+        second = tl.where(rotated, index + ROTARY // 2, index + HEAD_SIZE // 2)
+    else:
+        first = 2 * index
+        second = 2 * index + 1
+    inside = index < HEAD_SIZE // 2
+    sum_first = tl.zeros((HALF_PAD,), tl.float32)
+    sum_second = tl.zeros((HALF_PAD,), tl.float32)
+    for start in range(0, tokens, TILE):
+        token = start + tl.arange(0, TILE)
+        mask = (token < tokens)[:, None] & inside[None, :]
+        block = tl.load(source_blocks + token // PAGE, mask=token < tokens, other=0).to(tl.int64)
+        row = pool + (((block * BLOCK_PAGES + head) * PAGE + token % PAGE) * (2 * HEAD_SIZE))[:, None]
+        a = tl.load(row + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(row + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ROPE:
+            turned = mask & rotated[None, :]
+            cos, sin = token_angles(cos_sin, axis, positions, token, index, turned, tokens, AXES, ROTARY)
+            cos = tl.where(turned, cos, 1.0)
+            norm = cos * cos + sin * sin
+            sum_first += tl.sum((a * cos + b * sin) / norm, axis=0)
+            sum_second += tl.sum((b * cos - a * sin) / norm, axis=0)
+        else:
+            sum_first += tl.sum(a, axis=0)
+            sum_second += tl.sum(b, axis=0)
+    landmark = tl.load(extents + head * 2) - tl.cdiv(tokens // PAGE + RESERVED, PLACES)
+    page = tl.load(arena_blocks + landmark // BLOCK_PAGES).to(tl.int64) * BLOCK_PAGES + landmark % BLOCK_PAGES
+    to = (pool + page * (PAGE * 2 * HEAD_SIZE)).to(tl.pointer_type(tl.float32))
+    tl.store(to + first, sum_first / tokens, mask=inside)
+    tl.store(to + second, sum_second / tokens, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "chunks"],
+    do_not_specialize_on_alignment=["source_blocks", "arena_blocks"],
+)
+def landmark_kernel(
+    pool: tl.tensor,
+    source_blocks: tl.tensor,
+    arena_blocks: tl.tensor,
+    extents: tl.tensor,
+    chunk_first: tl.tensor,
+    dest: tl.tensor,
+    rotation: tl.tensor,
+    cos_sin: tl.tensor,
+    axis: tl.tensor,
+    positions: tl.tensor,
+    tokens: tl.tensor,
+    chunks: tl.tensor,
+    KIND: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PLANE_PAD: tl.constexpr,
+    PLACES: tl.constexpr,
+    RESERVED: tl.constexpr,
+    DATA_BYTES: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    SLOT_OFFSET: tl.constexpr,
+    LARGEST_SCALE: tl.constexpr,
+    ROPE: tl.constexpr,
+    NEOX: tl.constexpr,
+    AXES: tl.constexpr,
+    ROTARY: tl.constexpr,
+    TILE_CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Landmarks of TILE_CHUNKS chunks of (layer, head) `program_id(1)`."""
+    PAGE_ELEMENTS: tl.constexpr = PAGE * 2 * HEAD_SIZE
+    head = tl.program_id(1).to(tl.int64)
+    if tl.load(chunk_first + head) < 0:
+        return
+    landmark = tl.load(extents + head * 2) - tl.cdiv(chunks + RESERVED, PLACES)
+    chunk = tl.program_id(0) * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
+    inside = chunk < chunks
+    place = chunk + RESERVED
+    page = arena_page(arena_blocks, landmark + place // PLACES, inside, BLOCK_PAGES)
+    # Landmarks are bytes, halves and words in pages of the pool's own type.
+    base = pool + page * PAGE_ELEMENTS
+    hot = tl.load(dest + head * tokens + chunk * PAGE, mask=inside, other=-1)
+    slots = base.to(tl.pointer_type(tl.uint8)) + SLOT_OFFSET
+    tl.store(
+        slots.to(tl.pointer_type(tl.int32)) + place % PLACES, tl.where(hot >= 0, hot // PAGE, -1), mask=inside
+    )
+
+    token = tl.program_id(0) * (TILE_CHUNKS * PAGE) + tl.arange(0, TILE_CHUNKS * PAGE)
+    live = token < tokens
+    dim = tl.arange(0, HEAD_PAD)
+    mask = live[:, None] & (dim < HEAD_SIZE)[None, :]
+    block = tl.load(source_blocks + token // PAGE, mask=live, other=0).to(tl.int64)
+    row = (block * BLOCK_PAGES + head) * PAGE + token % PAGE
+    key = tl.load(pool + (row * (2 * HEAD_SIZE))[:, None] + dim[None, :], mask=mask, other=0.0)
+    if KIND == "sketch":
+        first_page = arena_page(arena_blocks, landmark, landmark >= 0, BLOCK_PAGES)
+        centre = (pool + first_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.float32))
+        around = tl.load(centre + dim, mask=dim < HEAD_SIZE, other=0.0)[None, :]
+        if ROPE:
+            turned = dim < ROTARY
+            if NEOX:
+                frequency = dim % (ROTARY // 2)
+                is_first = dim < ROTARY // 2
+                partner = tl.where(is_first, dim + ROTARY // 2, dim - ROTARY // 2)
+            else:
+                frequency = dim // 2
+                is_first = dim % 2 == 0
+                partner = tl.where(is_first, dim + 1, dim - 1)
+            other = tl.load(centre + partner, mask=turned, other=0.0)
+            other = tl.where(is_first, -other, other)[None, :]
+            both = live[:, None] & turned[None, :]
+            cos, sin = token_angles(cos_sin, axis, positions, token, frequency, both, tokens, AXES, ROTARY)
+            around = around * tl.where(both, cos, 1.0) + other * sin
+        rest = tl.where(mask, key.to(tl.float32) - around, 0.0)
+        column = tl.arange(0, PLANE_PAD)
+        in_plane = column < HEAD_SIZE // 8
+        packed = tl.zeros((TILE_CHUNKS * PAGE, PLANE_PAD), tl.int32)
+        squares = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
+        total = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
+        for bit in tl.static_range(8):
+            to_plane = rotation + dim[:, None] * HEAD_SIZE + bit * (HEAD_SIZE // 8) + column[None, :]
+            turn = tl.load(to_plane, mask=(dim < HEAD_SIZE)[:, None] & in_plane[None, :], other=0.0)
+            plane = tl.dot(rest, turn, input_precision=PRECISION)
+            packed += tl.where(plane > 0, 1 << bit, 0)
+            squares += tl.sum(plane * plane, axis=1)
+            total += tl.sum(tl.abs(plane), axis=1)
+        token_place = token // PAGE + RESERVED
+        token_page = arena_page(arena_blocks, landmark + token_place // PLACES, live, BLOCK_PAGES)
+        to = (pool + token_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
+        byte = (token_place % PLACES) * DATA_BYTES + token % PAGE * (HEAD_SIZE // 8)
+        tl.store(
+            (to + byte)[:, None] + column[None, :],
+            packed.to(tl.uint8),
+            mask=live[:, None] & in_plane[None, :],
+        )
+        scale = tl.minimum(squares / tl.maximum(total, 1e-38), LARGEST_SCALE)
+        scales = (to + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
+        tl.store(scales + (token_place % PLACES) * PAGE + token % PAGE, scale.to(tl.float16), mask=live)
+    else:
+        by_chunk = tl.reshape(key.to(tl.float32), (TILE_CHUNKS, PAGE, HEAD_PAD))
+        data = base.to(tl.pointer_type(tl.uint8)) + (place % PLACES) * DATA_BYTES
+        to = data.to(tl.pointer_type(pool.dtype.element_ty))[:, None] + dim[None, :]
+        filled = inside[:, None] & (dim < HEAD_SIZE)[None, :]
+        if KIND == "mean":
+            tl.store(to, (tl.sum(by_chunk, axis=1) / PAGE).to(pool.dtype.element_ty), mask=filled)
+        else:
+            tl.store(to, tl.min(by_chunk, axis=1).to(pool.dtype.element_ty), mask=filled)
+            tl.store(to + HEAD_SIZE, tl.max(by_chunk, axis=1).to(pool.dtype.element_ty), mask=filled)
+
+
+def rope_constants(rope: Rope | None) -> RopeConstants:
+    """The compile-time constants of the model's rope."""
+    if rope is None:
+        return (("ROPE", False), ("NEOX", True), ("AXES", 1), ("ROTARY", 0))
+    return (("ROPE", True), ("NEOX", rope.is_neox), ("AXES", rope.num_axes), ("ROTARY", rope.rotary_size))
+
+
+@functools.cache
+def centre_options(
+    num_layers: int, num_kv_heads: int, layout: LandmarkLayout, rope: RopeConstants
+) -> LaunchOptions:
+    """How `centre_kernel` is compiled for a model's shape."""
+    half_pad = next_power_of_2(layout.head_size // 2)
+    constexprs = {
+        "PAGE": PAGE,
+        "BLOCK_PAGES": num_layers * num_kv_heads,
+        "HEAD_SIZE": layout.head_size,
+        "HALF_PAD": half_pad,
+        "PLACES": layout.places,
+        "RESERVED": layout.reserved,
+        "TILE": max(4096 // half_pad, PAGE),
+        **dict(rope),
+    }
+    return LaunchOptions(constexprs, num_warps=8, num_stages=2)
+
+
+@functools.cache
+def launch_options(
+    num_layers: int,
+    num_kv_heads: int,
+    layout: LandmarkLayout,
+    rope: RopeConstants,
+    dtype: torch.dtype,
+) -> LaunchOptions:
+    """How `landmark_kernel` is compiled for a model's shape."""
+    head_pad = next_power_of_2(layout.head_size)
+    constexprs = {
+        "KIND": layout.kind,
+        "PAGE": PAGE,
+        "BLOCK_PAGES": num_layers * num_kv_heads,
+        "HEAD_SIZE": layout.head_size,
+        "HEAD_PAD": head_pad,
+        "PLANE_PAD": max(next_power_of_2(layout.head_size // 8), 16),
+        "PLACES": layout.places,
+        "RESERVED": layout.reserved,
+        "DATA_BYTES": layout.data_bytes,
+        "SCALE_OFFSET": layout.scale_offset,
+        "SLOT_OFFSET": layout.slot_offset,
+        "LARGEST_SCALE": FP16_MAX,
+        # 32 KiB of rests in fp32, at most.
+        "TILE_CHUNKS": max(min(8192 // (head_pad * PAGE), 8), 1),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        **dict(rope),
+    }
+    return LaunchOptions(constexprs, num_warps=8, num_stages=1)
+
+
+def landmark_build(
+    pool: Tensor,
+    source_blocks: Tensor,
+    arena_blocks: Tensor,
+    extents: Tensor,
+    chunk_first: Tensor,
+    dest: Tensor,
+    landmarks: Landmarks,
+    positions: Tensor | None,
+) -> None:
+    """See `hybridkv_kernels.landmark_build.landmark_build`."""
+    layers, heads, _ = extents.shape
+    layout = landmarks.layout
+    chunks = source_blocks.shape[0]
+    tokens = chunks * PAGE
+    rope = rope_constants(landmarks.rope)
+    # What is not used is not read either: any pointer will do.
+    cos_sin = landmarks.rope.cos_sin if landmarks.rope else pool
+    axis = landmarks.rope.axis if landmarks.rope else source_blocks
+    at = source_blocks if positions is None else positions.contiguous()
+    if layout.kind == "sketch":
+        centre_kernel[(layers * heads,)](
+            pool,
+            source_blocks,
+            arena_blocks,
+            extents,
+            chunk_first,
+            cos_sin,
+            axis,
+            at,
+            tokens,
+            **centre_options(layers, heads, layout, rope).kwargs(),
+        )
+    options = launch_options(layers, heads, layout, rope, pool.dtype)
+    landmark_kernel[(triton.cdiv(chunks, options.constexprs["TILE_CHUNKS"]), layers * heads)](
+        pool,
+        source_blocks,
+        arena_blocks,
+        extents,
+        chunk_first,
+        dest,
+        pool if landmarks.rotation is None else landmarks.rotation,
+        cos_sin,
+        axis,
+        at,
+        tokens,
+        chunks,
+        **options.kwargs(),
+    )

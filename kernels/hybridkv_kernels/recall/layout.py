@@ -1,0 +1,96 @@
+"""How landmarks lie in a dynamic head's pages: fields side by side, so that a page holds whole chunks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from ..pages import PAGE, require, supports_head_size
+
+LandmarkKind = Literal["sketch", "mean", "minmax"]
+
+INDEX_BYTES = 4
+SCALE_BYTES = 2
+CENTRE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LandmarkLayout:
+    """The bytes of a head's landmark pages, for pages of 16 tokens of one KV head.
+
+    A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
+    (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, then the chunk's hot slot as
+    int32 (-1 where it is not hot). Chunk c is at place `reserved + c` of the head's pages; the data of the
+    reserved places of the first page holds the centre that sketches are taken around, D fp32.
+
+    The positions of the prompt's tokens, int32, serve all heads and fill the arena's first logical pages,
+    where they are not simply the tokens' indices: of each chunk 16 for each axis, whole chunks to a page.
+
+    Attributes:
+        kind: `sketch` (a sign bit for each rotated dimension of each key), `mean` (the mean key) or `minmax`
+            (for each dimension the least and the largest value).
+        head_size: D.
+        itemsize: bytes of an element of the pool.
+        position_axes: axes of the positions that are kept; 0 where none are.
+
+    Raises:
+        ValueError: for a kind that does not exist, or a head size that is not supported.
+    """
+
+    kind: LandmarkKind
+    head_size: int
+    itemsize: int
+    position_axes: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(LandmarkKind), f"landmark kind {self.kind!r} does not exist")
+        require(supports_head_size(self.head_size), f"head size {self.head_size} is not supported")
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return PAGE * 2 * self.head_size * self.itemsize
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of one chunk's data field."""
+        if self.kind == "sketch":
+            return PAGE * self.head_size // 8
+        return self.head_size * self.itemsize * (2 if self.kind == "minmax" else 1)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one chunk's scales."""
+        return PAGE * SCALE_BYTES if self.kind == "sketch" else 0
+
+    @cached_property
+    def places(self) -> int:
+        """Chunks that a page has room for."""
+        return self.page_bytes // (self.data_bytes + self.scale_bytes + INDEX_BYTES)
+
+    @cached_property
+    def reserved(self) -> int:
+        """Places of the first page that the centre takes."""
+        return -(-CENTRE_BYTES * self.head_size // self.data_bytes) if self.kind == "sketch" else 0
+
+    @property
+    def scale_offset(self) -> int:
+        """First byte of a page's scales."""
+        return self.places * self.data_bytes
+
+    @property
+    def slot_offset(self) -> int:
+        """First byte of a page's hot slots."""
+        return self.scale_offset + self.places * self.scale_bytes
+
+    def pages(self, num_chunks: int) -> int:
+        """Pages that hold the landmarks of `num_chunks` chunks."""
+        return -(-(self.reserved + num_chunks) // self.places)
+
+    @property
+    def position_places(self) -> int:
+        """Chunks whose positions a page has room for."""
+        return self.page_bytes // (PAGE * INDEX_BYTES * max(self.position_axes, 1))
+
+    def position_pages(self, num_chunks: int) -> int:
+        """Arena pages that hold the positions of `num_chunks` chunks."""
+        return -(-num_chunks // self.position_places) if self.position_axes else 0

@@ -1,0 +1,44 @@
+"""Device functions that the recall kernels share: which head an item is, and where its landmarks lie."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def recalling_head(
+    row_slot: tl.tensor,
+    extents: tl.tensor,
+    chunk_first: tl.tensor,
+    prompt_len: tl.tensor,
+    item: tl.tensor,
+    layer: tl.tensor,
+    PAGE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RESERVED: tl.constexpr,
+) -> tl.tensor:
+    """(slot, chunks, hot slots, first logical landmark page, first logical store page) of an item.
+
+    An item is `row*H + head`. All counts are 0, and the store page -1, for padding rows and for heads that
+    do not recall.
+    """
+    slot = tl.load(row_slot + item // HEADS)
+    live = slot >= 0
+    head = (slot.to(tl.int64) * LAYERS + layer) * HEADS + item % HEADS
+    first_chunk = tl.load(chunk_first + head, mask=live, other=-1)
+    live = live & (first_chunk >= 0)
+    first = tl.load(extents + head * 2, mask=live, other=0)
+    hot = tl.load(extents + head * 2 + 1, mask=live, other=0) // PAGE
+    chunks = tl.load(prompt_len + slot, mask=live, other=0) // PAGE
+    landmarks = first - tl.cdiv(chunks + RESERVED, PLACES)
+    return slot, chunks, hot, landmarks, first_chunk
+
+
+@triton.jit
+def arena_page(
+    arena_row: tl.tensor, logical: tl.tensor, mask: tl.tensor, BLOCK_PAGES: tl.constexpr
+) -> tl.tensor:
+    """Physical page (int64) of logical arena pages; 0 where the mask is off."""
+    block = tl.load(arena_row + logical // BLOCK_PAGES, mask=mask, other=0).to(tl.int64)
+    return tl.where(mask, block * BLOCK_PAGES + logical % BLOCK_PAGES, 0)

@@ -1,0 +1,234 @@
+"""Landmarks, built and scored, against their definition, with NaN wherever nobody may look."""
+
+import pytest
+import torch
+from hybridkv_kernels import PAGE, Backend
+from hybridkv_kernels.chunk_score import chunk_score
+from hybridkv_kernels.landmark_build import landmark_build
+from hybridkv_kernels.recall.landmarks import Landmarks, Rope, random_rotation
+from hybridkv_kernels.recall.layout import LandmarkLayout
+from hybridkv_kernels.recall.reading import field, landmark_pages
+from kernel_cases import strided_heads
+from landmark_cases import RecallCase, make_rope, picture_positions, recall_case, turn
+from torch import Tensor
+
+PROMPTS = [16 * 37 + 5, 16 * 9, 16 * 20 + 15]
+RECALLING = [
+    [[True, False], [True, True]],
+    [[False, True], [False, False]],
+    [[True, True], [False, True]],
+]
+# (slot, steps since the prompt's end): padding, and one row of each slot, the second one twice.
+ROWS = [(1, 0), (-1, 3), (0, 2), (2, 4), (1, 6)]
+BACKENDS: tuple[Backend, ...] = ("torch", "triton")
+# Of log2 weights: products in 16 bits, and signs that rounding turned.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.12}
+
+
+def rows_of(prompts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`row_slot` and `row_len` of ROWS."""
+    slots = torch.tensor([slot for slot, _ in ROWS], dtype=torch.int32, device=device)
+    lengths = torch.tensor(
+        [prompts[slot] + 1 + steps for slot, steps in ROWS], dtype=torch.int32, device=device
+    )
+    return slots, lengths
+
+
+def check_scores(case: RecallCase, group: int, dtype: torch.dtype, backend: Backend, interval: int) -> None:
+    """Scores of every layer: right where a head recalls on a selecting step, untouched elsewhere."""
+    device = case.pool.device
+    slots, lengths = rows_of([int(n) for n in case.recall.prompt_len], device)
+    heads, head_size = case.decode.num_kv_heads, case.landmarks.layout.head_size
+    scale = head_size**-0.5
+    for layer in range(case.decode.num_layers):
+        query = strided_heads(len(ROWS), heads * group, head_size, dtype, device)
+        work = case.work(len(ROWS), group)
+        chunk_score(
+            query,
+            case.pool,
+            slots,
+            lengths,
+            case.decode,
+            case.recall,
+            layer,
+            scale,
+            case.landmarks,
+            work,
+            interval=interval,
+            backend=backend,
+        )
+        for row, (slot, steps) in enumerate(ROWS):
+            for head in range(heads):
+                result = work.log_weight[row * heads + head]
+                recalls = slot >= 0 and int(case.recall.chunk_first[slot, layer, head]) >= 0
+                if not recalls or steps % interval:
+                    assert result.isnan().all()
+                    continue
+                chunks = int(case.recall.prompt_len[slot]) // PAGE
+                assert result[:, chunks:].isnan().all()
+                for member in range(group):
+                    expected = case.expected(slot, layer, head, query[row, head * group + member], scale)
+                    error = (result[member, :chunks].double() - expected).abs().max()
+                    assert error <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()) / 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize(
+    ("group", "head_size", "dtype"),
+    [
+        (7, 128, torch.float32),
+        (2, 80, torch.float32),
+        (7, 128, torch.bfloat16),
+        (1, 64, torch.float16),
+        (3, 16, torch.float32),
+    ],
+)
+def test_scores_follow_their_definition(
+    kind: str, group: int, head_size: int, dtype: torch.dtype, backend: Backend, device: torch.device
+) -> None:
+    rope = make_rope(head_size, dtype, device) if kind == "sketch" else None
+    case = recall_case(PROMPTS, RECALLING, kind, head_size, dtype, device, rope=rope, backend=backend)
+    check_scores(case, group, dtype, backend, interval=1)
+
+
+ROPES = {
+    "none": None,
+    "text model": {"axes": 1},
+    "partly rotated": {"rotary": 32},
+    "adjacent pairs": {"axes": 1, "is_neox": False},
+    "adjacent pairs, partly rotated, three axes": {"rotary": 32, "is_neox": False},
+    "scaled like YaRN": {"factor": 1.2},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_sketches_know_every_rope(rope: dict | None, backend: Backend, device: torch.device) -> None:
+    made = None if rope is None else make_rope(64, torch.float32, device, **rope)
+    case = recall_case(PROMPTS, RECALLING, "sketch", 64, torch.float32, device, rope=made, backend=backend)
+    check_scores(case, 2, torch.float32, backend, interval=3)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_build_the_same(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Byte for byte but for the rounding of scales and centres and the few signs of products near zero."""
+    rope = make_rope(128, dtype, device)
+    seen = []
+    for backend in BACKENDS:
+        torch.manual_seed(3)
+        case = recall_case(PROMPTS, RECALLING, kind, 128, dtype, device, rope=rope, backend=backend)
+        layout = case.landmarks.layout
+        heads = torch.tensor([0, 1], device=device)
+        pages = landmark_pages(0, 1, heads, PROMPTS[0] // PAGE, case.decode, layout)
+        inside = slice(layout.reserved, layout.reserved + PROMPTS[0] // PAGE)
+        fields = [field(case.pool, pages, layout, 0, layout.data_bytes)[:, inside]]
+        fields.append(field(case.pool, pages, layout, layout.slot_offset, 4)[:, inside])
+        seen.append((fields, case))
+    (data, slots), (data_triton, slots_triton) = seen[0][0], seen[1][0]
+    assert torch.equal(slots, slots_triton)
+    first = slots.contiguous().view(torch.int32)[0, :, 0]
+    expected = torch.full_like(first, -1)
+    expected[seen[0][1].hot[0]] = torch.arange(2, dtype=torch.int32, device=device)
+    assert torch.equal(first, expected)
+    if kind == "sketch":
+        bits = torch.arange(8, dtype=torch.uint8, device=device)
+        differing = ((data ^ data_triton)[..., None] >> bits & 1).float().mean()
+        assert differing < 1e-3
+    else:
+        values, values_triton = (d.contiguous().view(dtype).float() for d in (data, data_triton))
+        assert torch.allclose(values, values_triton, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_layout_fields_fill_a_page_and_do_not_overlap() -> None:
+    for kind in ("sketch", "mean", "minmax"):
+        for head_size in (16, 64, 80, 128, 256):
+            for itemsize in (2, 4):
+                layout = LandmarkLayout(kind, head_size, itemsize, 3)
+                record = layout.data_bytes + layout.scale_bytes + 4
+                end = layout.slot_offset + 4 * layout.places
+                assert layout.slot_offset % 4 == layout.scale_offset % 2 == 0
+                assert layout.places * record == end <= layout.page_bytes < end + record
+                assert layout.reserved * layout.data_bytes >= (4 * head_size if kind == "sketch" else 0)
+                assert layout.reserved < layout.places
+                assert layout.pages(layout.places - layout.reserved) == 1
+                assert layout.pages(layout.places - layout.reserved + 1) == 2
+                assert layout.position_pages(1) == 1
+                assert layout.position_places * 3 * PAGE * 4 <= layout.page_bytes
+
+
+def test_a_sketch_costs_what_the_documentation_says() -> None:
+    """18 bytes a token of 512 at head size 128, and the index of the hot slot."""
+    layout = LandmarkLayout("sketch", 128, 2)
+    assert layout.data_bytes + layout.scale_bytes == 18 * PAGE
+    assert layout.pages(2048) / 2048 == pytest.approx(0.035, abs=0.002)
+
+
+def test_rotation_is_orthogonal_fixed_and_mixes_every_dimension(device: torch.device) -> None:
+    for head_size in (16, 24, 64, 80, 96, 128, 256):
+        rotation = random_rotation(head_size, device)
+        product = rotation.double() @ rotation.double().T
+        assert torch.allclose(product, torch.eye(head_size, dtype=torch.float64, device=device), atol=1e-5)
+        assert torch.equal(rotation, random_rotation(head_size, device))
+        assert rotation.abs().max() < 0.6
+
+
+def test_rope_turns_as_its_definition_and_back(device: torch.device) -> None:
+    for is_neox in (True, False):
+        rope = make_rope(32, torch.float64, device, rotary=24, is_neox=is_neox, factor=1.1)
+        positions = picture_positions(48, 3, device)
+        vectors = torch.randn(48, 32, device=device)
+        turned = rope.rotate(vectors, positions)
+        wide = Rope(rope.cos_sin.float(), rope.axis, rope.num_axes, rope.is_neox)
+        assert torch.allclose(turned, turn(wide, vectors, positions), atol=1e-5)
+        assert torch.allclose(rope.unrotate(turned, positions), vectors, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(device: torch.device) -> None:
+    case = recall_case(PROMPTS, RECALLING, "mean", 64, torch.float32, device)
+    slots, lengths = rows_of(PROMPTS, device)
+    query = torch.randn(len(ROWS), 4, 64, device=device)
+    work = case.work(len(ROWS), 2)
+
+    def score(landmarks: Landmarks, layer: int = 0, interval: int = 1, rows: int = len(ROWS)) -> None:
+        chunk_score(
+            query,
+            case.pool,
+            slots[:rows],
+            lengths,
+            case.decode,
+            case.recall,
+            layer,
+            1.0,
+            landmarks,
+            work,
+            interval=interval,
+        )
+
+    with pytest.raises(ValueError, match="head size 128"):
+        score(Landmarks.create("mean", 128, torch.float32, device))
+    with pytest.raises(ValueError, match="bytes an element"):
+        score(Landmarks.create("mean", 64, torch.bfloat16, device))
+    with pytest.raises(ValueError, match="layer 2"):
+        score(case.landmarks, layer=2)
+    with pytest.raises(ValueError, match="interval"):
+        score(case.landmarks, interval=0)
+    with pytest.raises(ValueError, match="row_slot"):
+        score(case.landmarks, rows=1)
+    with pytest.raises(ValueError, match="does not exist"):
+        LandmarkLayout("median", 64, 4)
+    with pytest.raises(ValueError, match="more dimensions"):
+        Landmarks.create("sketch", 16, torch.float32, device, make_rope(64, torch.float32, device))
+    with pytest.raises(ValueError, match="need the tokens' positions"):
+        landmark_build(
+            case.pool,
+            case.decode.blocks[0, :9].contiguous(),
+            case.decode.arena[0],
+            case.decode.extents[0],
+            case.recall.chunk_first[0],
+            torch.full((2, 2, 144), -1, dtype=torch.int32, device=device),
+            Landmarks.create("sketch", 64, torch.float32, device, make_rope(64, torch.float32, device)),
+        )
+    with pytest.raises(ValueError, match="cosines"):
+        Rope(torch.zeros(4, 3, device=device), torch.zeros(1, dtype=torch.int32, device=device), 1, True)
