@@ -1,7 +1,19 @@
 """Methods that choose what stays of a prompt's KV cache: pure torch, without vLLM."""
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Selection
+from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.budget import least_recall_pages
 from hybridkv_vllm.policies.classify import CLASSIFIERS
 from hybridkv_vllm.policies.registry import POLICIES, get_policy
 
-__all__ = ["CLASSIFIERS", "POLICIES", "Policy", "PolicyOptions", "PromptScores", "Selection", "get_policy"]
+__all__ = [
+    "CLASSIFIERS",
+    "POLICIES",
+    "Policy",
+    "PolicyOptions",
+    "PromptScores",
+    "Recall",
+    "Selection",
+    "Verdict",
+    "get_policy",
+    "least_recall_pages",
+]

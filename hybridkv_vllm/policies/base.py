@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
+from hybridkv_kernels.recall.layout import LandmarkKind
 from torch import Tensor
 
 from hybridkv_vllm.plan import PAGE_TOKENS
-
-DynamicTier = Literal["off", "host", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -91,37 +91,86 @@ class PolicyOptions:
         theta: a KV head is static where its figure is at least this, in [0, 1]. The paper's 0.9.
         dynamic_share: r, what dynamic heads get of an equal share of the budget, in [0, 1]; 0.4 is our
             reading.
-        dynamic_tier: where the chunks of dynamic heads live; `off` prunes every head.
 
     Raises:
-        ValueError: a number or tier out of range.
+        ValueError: a number out of range.
     """
 
     classifier: str = "text_mass"
     theta: float = 0.9
     dynamic_share: float = 0.4
-    dynamic_tier: DynamicTier = "off"
 
     def __post_init__(self) -> None:
         for name in ("theta", "dynamic_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.dynamic_tier not in get_args(DynamicTier):
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How each KV head was judged.
+
+    Attributes:
+        dynamic: `[L, H]` bool.
+        figure: `[L, H]` fp32, what the classifier holds against theta; 0 where it was not a number.
+        sparsity: `[L, H]` fp32, S of `scoring.sparsity`, whichever the classifier.
+    """
+
+    dynamic: Tensor
+    figure: Tensor
+    sparsity: Tensor
+
+    @staticmethod
+    def join(layers: Sequence[Verdict]) -> Verdict:
+        """The verdicts of all layers, in their order, as one."""
+        return Verdict(
+            dynamic=torch.cat([layer.dynamic for layer in layers]),
+            figure=torch.cat([layer.figure for layer in layers]),
+            sparsity=torch.cat([layer.sparsity for layer in layers]),
+        )
+
+
+@dataclass(frozen=True)
+class Recall:
+    """KV heads that keep all of their prompt in another tier and recall chunks of 16 tokens from there.
+
+    Attributes:
+        heads: `[L, H]` bool, heads whose chunks are in the tier.
+        landmark_pages: arena pages for one such head's landmarks.
+        least_pages: arena pages that such a head gets at least, landmarks included, but never more than an
+            equal share of the arena. See `budget.least_recall_pages`.
+
+    Raises:
+        ValueError: least pages that leave no room beside the landmarks.
+    """
+
+    heads: Tensor
+    landmark_pages: int
+    least_pages: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.landmark_pages < self.least_pages:
             raise ValueError(
-                f"dynamic_tier must be one of {', '.join(get_args(DynamicTier))}, got {self.dynamic_tier!r}"
+                f"least_pages must be more than landmark_pages, got {self.least_pages} "
+                f"and {self.landmark_pages}"
             )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which prompt tokens each KV head keeps, and where its extent begins.
+    """Which prompt tokens each KV head keeps in the arena, and where its extent begins.
+
+    A head takes `pages` arena pages, one head after the other in (layer, KV head) order. Its extent is all of
+    them, but for a recalled head, whose landmark pages come first. A recalled head's extent is its hot slots:
+    whole chunks, at least one.
 
     Attributes:
         keep: `[L, H, T']` bool.
         lengths: `[L, H]` int32, tokens kept.
-        first_page: `[L, H]` int32, first logical arena page of the extent: the exclusive prefix sum of
-            `ceil(lengths / 16)` in (layer, KV head) order.
-        dynamic: `[L, H]` bool, the classifier's verdict (whether or not the allocation used it).
+        first_page: `[L, H]` int32, first logical arena page of the extent.
+        pages: `[L, H]` int32, arena pages of the head, landmarks included.
+        recalled: `[L, H]` bool, heads that recall chunks.
+        dynamic: `[L, H]` bool, the verdict (whether or not the head recalls).
         figure: `[L, H]` fp32, what the classifier holds against theta.
         sparsity: `[L, H]` fp32, S of `scoring.sparsity`.
     """
@@ -129,6 +178,8 @@ class Selection:
     keep: Tensor
     lengths: Tensor
     first_page: Tensor
+    pages: Tensor
+    recalled: Tensor
     dynamic: Tensor
     figure: Tensor
     sparsity: Tensor
@@ -142,25 +193,55 @@ class Selection:
 class Policy(ABC):
     """A method that chooses what stays of a prompt's KV cache.
 
-    A policy runs on the device, in stream order, at the end of a prefill: it must never wait for the device,
-    so no shape and no Python branch may depend on a tensor's values.
+    A policy runs on the device, in stream order: `classify` layer by layer while the prefill's last chunk is
+    computed, `select` once at its end. It must never wait for the device, so no shape and no Python branch
+    may depend on a tensor's values.
+
+    Attributes:
+        name: what users call it.
+        recalls: whether its dynamic heads recall chunks, where these found room in a tier.
+        landmark: the landmark kind that the method defines; None where the server's option decides.
     """
 
     name: ClassVar[str]
+    recalls: ClassVar[bool] = False
+    landmark: ClassVar[LandmarkKind | None] = None
 
     def budget_share(self, requested: float) -> float:
         """Share of the prompt's pages to reserve where the user asked for `requested`."""
         return requested
 
+    def classify(self, scores: PromptScores, options: PolicyOptions) -> Verdict:
+        """Judges the KV heads of any number of layers; a layer's verdict does not depend on the others.
+
+        Raises:
+            ValueError: unknown classifier; the message lists the known ones.
+        """
+        # The classifiers are written in terms of this module.
+        from hybridkv_vllm.policies.classify import classify
+
+        return classify(scores, options)
+
     @abstractmethod
-    def select(self, scores: PromptScores, pages: int, options: PolicyOptions) -> Selection:
+    def select(
+        self,
+        scores: PromptScores,
+        verdict: Verdict,
+        pages: int,
+        options: PolicyOptions,
+        recall: Recall | None = None,
+    ) -> Selection:
         """Chooses the tokens that every KV head keeps.
 
         Args:
-            scores: see `PromptScores`; all tensors on one device.
-            pages: pages of this rank's arena, A * L * H. The extents never need more.
+            scores: of all layers; see `PromptScores`. All tensors on one device.
+            verdict: what `classify` said of these scores.
+            pages: pages of this rank's arena, A * L * H. The heads never need more.
             options: see `PolicyOptions`.
+            recall: None where no head recalls. A policy that does not recall ignores it. Where `pages` hold
+                everything, everything is kept and nothing recalled.
 
         Raises:
-            ValueError: unknown classifier, or a policy that cannot work with `pages`.
+            ValueError: a policy that cannot work with `pages`, or an equal share of `pages` that does not
+                hold the landmarks of `recall` and a chunk.
         """

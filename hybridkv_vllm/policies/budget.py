@@ -10,22 +10,54 @@ from hybridkv_vllm.plan import PAGE_TOKENS
 # Weights and shares are whole numbers of these: integer sums do not depend on the device's order of adding.
 WEIGHT_ONE = 1 << 30
 SHARE_ONE = 10**6
+# Hot chunks that a recalling head gets at least: a number, and one in so many of its chunks.
+LEAST_HOT = 4
+LEAST_HOT_ONE_IN = 50
+
+
+def least_recall_pages(equal_share: int, num_chunks: int, landmark_pages: int) -> int | None:
+    """Pages that a recalling head gets at least: its landmarks and 2% of its chunks, no fewer than 4.
+
+    `dynamic_share` of an equal share alone would, at small budgets, leave next to nothing beside the
+    landmarks, which do not shrink with the budget; and a few well chosen chunks are worth more than pruning
+    at several times their number. The two numbers are ours.
+
+    Args:
+        equal_share: whole pages of the arena for each KV head.
+        num_chunks: chunks of the prompt that a head would recall from.
+        landmark_pages: arena pages for one head's landmarks.
+
+    Returns:
+        At most `equal_share`. None where a head should not recall: `equal_share >= num_chunks` pages keep
+        every chunk as it is, or they do not hold the landmarks and 4 chunks.
+    """
+    if equal_share >= num_chunks or equal_share < landmark_pages + LEAST_HOT:
+        return None
+    return min(equal_share, landmark_pages + max(LEAST_HOT, -(-num_chunks // LEAST_HOT_ONE_IN)))
 
 
 def allocate_pages(
-    sparsity: Tensor, dynamic: Tensor, *, pages: int, capacity: int, window: int, dynamic_share: float
+    sparsity: Tensor,
+    dynamic: Tensor,
+    *,
+    pages: int,
+    capacity: int,
+    window: int,
+    dynamic_share: float,
+    dynamic_least: int = 0,
 ) -> Tensor:
     """Shares out `pages` top-down: dynamic against static heads, then KV head by KV head.
 
     With both types present each dynamic head gets `dynamic_share * pages / (L * H)` rounded down to whole
-    pages (landmarks are to come out of these), and at least one page where every head can have one. Static
-    heads share the rest: a floor of the window plus a tenth of their mean, then by weight `1 - S`, at most
-    `capacity` each. What the capped ones leave goes to the other static heads, and to the dynamic heads once
-    all static ones are capped. Where one type is empty the other gets all. Exactly
-    `min(pages, L * H * capacity)` pages are given; fractions go to the largest, ties to the first head.
+    pages (landmarks come out of these), but at least `dynamic_least`, itself no more than an equal share in
+    whole pages, and at least one page where every head can have one. Static heads share the rest: a floor of
+    the window plus a tenth of their mean, then by weight `1 - S`, at most `capacity` each. What the capped
+    ones leave goes to the other static heads, and to the dynamic heads once all static ones are capped. Where
+    one type is empty the other gets all. Exactly `min(pages, L * H * capacity)` pages are given; fractions go
+    to the largest, ties to the first head.
 
     Source: type level by a coefficient r, static by sparsity weight and dynamic uniform are the paper's; the
-    value of r, the weight `1 - S` and the floor are our reading.
+    value of r, the least of a dynamic head, the weight `1 - S` and the floor are our reading.
 
     Args:
         sparsity: `[L, H]` fp32 in [0, 1], S. Where all weights are zero static heads share evenly.
@@ -34,6 +66,7 @@ def allocate_pages(
         capacity: pages with which one KV head keeps everything, T' / 16.
         window: tokens of the observation window that need pages.
         dynamic_share: r, in [0, 1], used to a precision of 1e-6.
+        dynamic_least: pages of a dynamic head that r must not undercut.
 
     Returns:
         `[L, H]` int64, pages of each KV head.
@@ -51,8 +84,9 @@ def allocate_pages(
     num_dynamic = dynamic_flat.sum()
     num_static = heads - num_dynamic
     equal_share = pages // heads
-    beside_static = pages * round(dynamic_share * SHARE_ONE) // (heads * SHARE_ONE)
-    dynamic_each = torch.where(num_static > 0, max(beside_static, min(1, equal_share)), equal_share)
+    by_share = pages * round(dynamic_share * SHARE_ONE) // (heads * SHARE_ONE)
+    beside_static = max(by_share, min(max(1, dynamic_least), equal_share))
+    dynamic_each = torch.where(num_static > 0, beside_static, equal_share)
 
     weight = ((1 - sparsity.flatten().double()) * WEIGHT_ONE).long()
     # At least one unit: a head of weight zero still takes what the capped ones leave.

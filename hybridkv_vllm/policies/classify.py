@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from hybridkv_vllm.policies.base import PolicyOptions, PromptScores
+from hybridkv_vllm.policies.base import PolicyOptions, PromptScores, Verdict
 from hybridkv_vllm.policies.scoring import sparsity
 
 TOP_SHARE = 10
@@ -21,7 +20,9 @@ def text_mass(scores: PromptScores) -> Tensor:
     Our reading of the paper's "text-centric" attention: a head that looks at the picture keeps its choice.
     Counted as what the visual tokens leave of 1, so that it is exactly 1 for a prompt of text alone.
     """
-    return (1 - (scores.mass * scores.is_visual).sum(-1)).clamp(min=0)
+    # In fp64, because the order of adding must not show: a layer is judged alone or with others.
+    visual = (scores.mass * scores.is_visual).sum(-1, dtype=torch.float64)
+    return (1 - visual).clamp(min=0).float()
 
 
 def top_mass(scores: PromptScores) -> Tensor:
@@ -30,7 +31,7 @@ def top_mass(scores: PromptScores) -> Tensor:
     A reading of the paper's sparsity threshold as concentration of mass.
     """
     most = -(-scores.tokens // TOP_SHARE)
-    return scores.mass.topk(most, dim=-1, sorted=False).values.sum(-1)
+    return scores.mass.topk(most, dim=-1, sorted=False).values.sum(-1, dtype=torch.float64).float()
 
 
 def union(scores: PromptScores) -> Tensor:
@@ -45,21 +46,6 @@ def union(scores: PromptScores) -> Tensor:
 CLASSIFIERS: Mapping[str, Callable[[PromptScores], Tensor]] = MappingProxyType(
     {"sparsity": sparsity, "text_mass": text_mass, "top_mass": top_mass, "union": union}
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How each KV head was judged.
-
-    Attributes:
-        dynamic: `[L, H]` bool.
-        figure: `[L, H]` fp32, what the classifier holds against theta; 0 where it was not a number.
-        sparsity: `[L, H]` fp32, S of `scoring.sparsity`, whichever the classifier.
-    """
-
-    dynamic: Tensor
-    figure: Tensor
-    sparsity: Tensor
 
 
 def classify(scores: PromptScores, options: PolicyOptions) -> Verdict:

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Selection
-from hybridkv_vllm.policies.classify import classify
+from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.select import make_selection
 
 
@@ -19,9 +18,16 @@ class Full(Policy):
     def budget_share(self, requested: float) -> float:
         return 1.0
 
-    def select(self, scores: PromptScores, pages: int, options: PolicyOptions) -> Selection:
+    def select(
+        self,
+        scores: PromptScores,
+        verdict: Verdict,
+        pages: int,
+        options: PolicyOptions,
+        recall: Recall | None = None,
+    ) -> Selection:
         needed = scores.heads * scores.capacity
         if pages < needed:
             raise ValueError(f"policy 'full' needs {needed} pages for this prompt, got {pages}")
         keep = torch.ones_like(scores.mass[..., : scores.compressible], dtype=torch.bool)
-        return make_selection(keep, classify(scores, options))
+        return make_selection(keep, verdict)

@@ -8,10 +8,11 @@ from types import MappingProxyType
 from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.full import Full
 from hybridkv_vllm.policies.hybridkv import HybridKV
+from hybridkv_vllm.policies.quest import Quest
 from hybridkv_vllm.policies.snapkv import SnapKV
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {policy.name: policy for policy in (Full(), HybridKV(), SnapKV())}
+    {policy.name: policy for policy in (Full(), HybridKV(), Quest(), SnapKV())}
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hybridkv_vllm.plan import PAGE_TOKENS
-from hybridkv_vllm.policies.base import PromptScores, Selection
-from hybridkv_vllm.policies.classify import Verdict
+from hybridkv_vllm.policies.base import PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.scoring import pooled_mass
 
 POSITION_BITS = 30
 SCORE_BITS = 31
@@ -60,21 +62,83 @@ def _keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
     return (key >= threshold) & (lengths > 0).unsqueeze(-1)
 
 
+def keep_chunks(score: Tensor, hot: Tensor) -> Tensor:
+    """Keeps each KV head's best chunks of 16 tokens: by the sum of their scores, then the lower chunk.
+
+    Args:
+        score: `[L, H, T']` fp32, not negative, T' a multiple of 16; a chunk with NaN counts as the largest.
+        hot: `[L, H]` integer in [0, T' / 16], chunks to keep.
+
+    Returns:
+        `[L, H, T']` bool with exactly `16 * hot` set in each row.
+    """
+    # In fp64, because the order of adding must not show.
+    chunks = score.unflatten(-1, (-1, PAGE_TOKENS)).sum(-1, dtype=torch.float64).float()
+    alike = torch.zeros(chunks.shape[-1], dtype=torch.int64, device=score.device)
+    return keep_best(chunks, alike, hot).unsqueeze(-1).expand(-1, -1, -1, PAGE_TOKENS).flatten(-2)
+
+
 def kept_lengths(head_pages: Tensor, scores: PromptScores) -> Tensor:
     """Tokens that `head_pages` `[L, H]` pages hold, at most T'; same shape and dtype."""
     return (head_pages * PAGE_TOKENS).clamp(max=scores.compressible)
 
 
-def make_selection(keep: Tensor, verdict: Verdict) -> Selection:
-    """Lays out the extents of the tokens in `keep` `[L, H, T']` bool, and reports the verdict beside them."""
+def no_recall(verdict: Verdict) -> Recall:
+    """What stands for a recall of no head."""
+    return Recall(heads=torch.zeros_like(verdict.dynamic), landmark_pages=0, least_pages=1)
+
+
+def settle_recall(recall: Recall | None, verdict: Verdict, scores: PromptScores, pages: int) -> Recall:
+    """The recall that takes place: of dynamic heads alone, and of none where `pages` hold everything.
+
+    Raises:
+        ValueError: an equal share of `pages` that does not hold the landmarks and a chunk.
+    """
+    if recall is None or pages >= scores.heads * scores.capacity:
+        return no_recall(verdict)
+    equal_share = pages // scores.heads
+    if equal_share <= recall.landmark_pages:
+        raise ValueError(
+            f"{recall.landmark_pages} landmark pages and a chunk do not fit in {equal_share} pages a head"
+        )
+    return replace(recall, heads=recall.heads & verdict.dynamic)
+
+
+def fill_pages(
+    head_pages: Tensor, priority: Tensor, scores: PromptScores, verdict: Verdict, recall: Recall
+) -> Selection:
+    """Fills each KV head's pages: with landmarks and the best chunks where it recalls, else the best tokens.
+
+    Chunks are ranked by the observation window's mass without pooling, which could only lift a chunk for what
+    lies outside of it; that the first chunks come from the window at all is ours.
+
+    Args:
+        head_pages: `[L, H]` int64 in [0, T' / 16]; of a head that recalls, more than its landmarks take.
+        priority: `[T']` int64 in {0, 1, 2}, which tokens pruned heads keep first.
+        recall: as `settle_recall` returns it.
+    """
+    lengths = kept_lengths(head_pages, scores).masked_fill(recall.heads, 0)
+    hot = (head_pages - recall.landmark_pages).masked_fill(~recall.heads, 0)
+    tokens = keep_best(pooled_mass(scores), priority, lengths)
+    chunks = keep_chunks(scores.mass[..., : scores.compressible], hot)
+    return make_selection(tokens | chunks, verdict, recall)
+
+
+def make_selection(keep: Tensor, verdict: Verdict, recall: Recall | None = None) -> Selection:
+    """Lays out the extents of the tokens in `keep` `[L, H, T']` bool, landmarks of `recall` before them."""
+    if recall is None:
+        recall = no_recall(verdict)
     lengths = keep.sum(-1, dtype=torch.int32)
-    pages = (lengths + (PAGE_TOKENS - 1)) // PAGE_TOKENS
+    landmarks = recall.heads.int() * recall.landmark_pages
+    pages = landmarks + (lengths + (PAGE_TOKENS - 1)) // PAGE_TOKENS
     flat = pages.flatten()
-    first_page = (flat.cumsum(0, dtype=torch.int32) - flat).view(lengths.shape)
+    first_page = (flat.cumsum(0, dtype=torch.int32) - flat).view(lengths.shape) + landmarks
     return Selection(
         keep=keep,
         lengths=lengths,
         first_page=first_page,
+        pages=pages,
+        recalled=recall.heads,
         dynamic=verdict.dynamic,
         figure=verdict.figure,
         sparsity=verdict.sparsity,

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Selection
-from hybridkv_vllm.policies.classify import classify
+from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.scoring import pooled_mass
 from hybridkv_vllm.policies.select import keep_best, kept_lengths, make_selection, window_first
 
@@ -26,8 +25,15 @@ class SnapKV(Policy):
 
     name: ClassVar[str] = "snapkv"
 
-    def select(self, scores: PromptScores, pages: int, options: PolicyOptions) -> Selection:
+    def select(
+        self,
+        scores: PromptScores,
+        verdict: Verdict,
+        pages: int,
+        options: PolicyOptions,
+        recall: Recall | None = None,
+    ) -> Selection:
         each = pages // scores.heads
         head_pages = torch.full(scores.mass.shape[:2], each, dtype=torch.int64, device=scores.mass.device)
         keep = keep_best(pooled_mass(scores), window_first(scores), kept_lengths(head_pages, scores))
-        return make_selection(keep, classify(scores, options))
+        return make_selection(keep, verdict)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hybridkv_vllm.policies import PromptScores
+from hybridkv_vllm.policies import PromptScores, Recall, least_recall_pages
 
 PAGE = 16
 
@@ -87,6 +87,8 @@ CASES: dict[str, PromptScores] = {
     "one_head": random_scores(11, layers=1, heads=1),
     "all_tied_all_sparse": even_scores(),
     "all_tied_all_broad": even_scores(votes=4.0),
+    "all_tied_long": even_scores(tokens=272),
+    "broad_and_long": random_scores(12, layers=3, heads=2, tokens=327, window=20, visual=(5, 300)),
 }
 
 
@@ -105,6 +107,20 @@ def page_counts(scores: PromptScores) -> dict[str, int]:
     }
 
 
+def recalls(scores: PromptScores, pages: int, seed: int = 0) -> dict[str, Recall | None]:
+    """Which heads found room in the tier: none asked, and where recalling makes sense none, some and all."""
+    shape = scores.mass.shape[:2]
+    found: dict[str, Recall | None] = {"off": None}
+    for landmark_pages in (1, 2, 5):
+        least = least_recall_pages(pages // scores.heads, scores.capacity, landmark_pages)
+        if least is None:
+            continue
+        some = torch.rand(shape, generator=torch.Generator().manual_seed(seed + landmark_pages)) < 0.6
+        for name, heads in {"none": torch.zeros_like(some), "some": some, "all": some | True}.items():
+            found[f"{name}_{landmark_pages}"] = Recall(heads, landmark_pages, least)
+    return found
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Input of one page allocation, as plain numbers."""
@@ -115,6 +131,7 @@ class Allocation:
     capacity: int
     window: int
     share_ppm: int
+    least: int = 0
 
     def expected(self) -> list[int]:
         """The allocation by its definition: exact fractions, surplus handed round until none is left."""
@@ -127,9 +144,9 @@ class Allocation:
             return [self.capacity] * heads
         if broad:
             ratio = Fraction(self.share_ppm, 10**6) if static else Fraction(1)
-            each = ratio * self.pages / heads
+            equal = Fraction(self.pages, heads)
             for head in broad:
-                given[head] = max(int(each), 1 if self.pages >= heads else 0)
+                given[head] = max(int(ratio * equal), min(self.least, int(equal)), 1 if equal >= 1 else 0)
                 left -= given[head]
         if static:
             shares = self._static_shares(static, left)

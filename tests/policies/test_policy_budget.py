@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hybridkv_kernels.recall.layout import LandmarkLayout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import Allocation
 
-from hybridkv_vllm.policies.budget import allocate_pages
+from hybridkv_vllm.policies.budget import allocate_pages, least_recall_pages
 
 
 def allocate(case: Allocation) -> list[int]:
@@ -19,6 +22,7 @@ def allocate(case: Allocation) -> list[int]:
         capacity=case.capacity,
         window=case.window,
         dynamic_share=case.share_ppm / 10**6,
+        dynamic_least=case.least,
     )[0].tolist()
 
 
@@ -35,6 +39,7 @@ def allocations(draw: st.DrawFn) -> Allocation:
         capacity=capacity,
         window=draw(st.integers(0, 64)),
         share_ppm=draw(st.integers(0, 10**6)),
+        least=draw(st.integers(0, 70)),
     )
 
 
@@ -67,6 +72,18 @@ def test_dynamic_heads_are_uniform(case: Allocation) -> None:
         assert broad == sorted(broad, reverse=True)
 
 
+@settings(max_examples=200, deadline=None, database=None)
+@given(allocations())
+def test_dynamic_heads_get_their_least_but_no_more_than_an_equal_share(case: Allocation) -> None:
+    equal_share = case.pages // len(case.sparsity)
+    heads = list(zip(allocate(case), case.dynamic, strict=True))
+    broad = [pages for pages, dynamic in heads if dynamic]
+    static = [pages for pages, dynamic in heads if not dynamic]
+    assert all(pages >= min(case.least, equal_share, case.capacity) for pages in broad)
+    if broad and static and max(broad) > equal_share:
+        assert set(static) == {case.capacity}
+
+
 def example(
     sparsity: list[float],
     dynamic: list[bool] | None = None,
@@ -74,9 +91,10 @@ def example(
     pages: int,
     capacity: int = 100,
     window: int = 0,
+    least: int = 0,
 ) -> list[int]:
     verdict = dynamic or [False] * len(sparsity)
-    return allocate(Allocation(sparsity, verdict, pages, capacity, window, 400_000))
+    return allocate(Allocation(sparsity, verdict, pages, capacity, window, 400_000, least))
 
 
 def test_type_split_numbers() -> None:
@@ -84,6 +102,57 @@ def test_type_split_numbers() -> None:
     assert example([0.5, 0.5, 0.5, 0.5], [True, False, False, True], pages=100) == [10, 40, 40, 10]
     assert example([0.5, 0.5, 0.5, 0.5], [True, True, True, True], pages=100) == [25, 25, 25, 25]
     assert example([0.5, 0.5, 0.5, 0.5], [False, False, False, False], pages=100) == [25, 25, 25, 25]
+
+
+def test_least_pages_of_dynamic_heads() -> None:
+    half, one = [0.5] * 4, [True, False, False, False]
+    assert example(half, one, pages=100, least=10) == [10, 30, 30, 30]
+    assert example(half, one, pages=100, least=16) == [16, 28, 28, 28]
+    # Never above an equal share, whatever is asked.
+    assert example(half, one, pages=100, least=90) == [25, 25, 25, 25]
+    assert example(half, [True, True, True, False], pages=103, least=90) == [25, 25, 25, 28]
+    # Where all are dynamic each has its equal share in any case.
+    assert example(half, [True] * 4, pages=102, least=90) == [26, 26, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("kind", "landmark_pages", "least"),
+    # 512 chunks of 8,192 tokens, a budget of 10%: 2% of them are 11.
+    [("sketch", 19, 30), ("mean", 17, 28), ("minmax", 35, 46)],
+)
+def test_least_pages_of_a_recalling_head(kind: Any, landmark_pages: int, least: int) -> None:
+    assert LandmarkLayout(kind, head_size=128, itemsize=2).pages(512) == landmark_pages
+    assert least_recall_pages(51, 512, landmark_pages) == least
+
+
+@pytest.mark.parametrize(
+    ("equal_share", "num_chunks", "landmark_pages", "least"),
+    [
+        (25, 512, 19, 25),  # an equal share
+        (23, 512, 19, 23),  # a handful of chunks
+        (22, 512, 19, None),  # less than a handful
+        (0, 512, 19, None),
+        (99, 100, 4, 8),
+        (100, 100, 4, None),  # keeps every chunk
+        (9, 201, 4, 9),
+        (10, 201, 4, 9),  # 2% of the chunks, rounded up
+    ],
+)
+def test_where_recalling_makes_sense(
+    equal_share: int, num_chunks: int, landmark_pages: int, least: int | None
+) -> None:
+    assert least_recall_pages(equal_share, num_chunks, landmark_pages) == least
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.integers(0, 400), st.integers(1, 4000), st.integers(1, 100))
+def test_least_pages_hold_landmarks_and_chunks(equal_share: int, num_chunks: int, landmarks: int) -> None:
+    least = least_recall_pages(equal_share, num_chunks, landmarks)
+    if least is None:
+        assert equal_share >= num_chunks or equal_share < landmarks + 4
+    else:
+        assert landmarks + 4 <= least <= equal_share < num_chunks
+        assert 50 * (least - landmarks) >= num_chunks or least == equal_share
 
 
 def test_whole_pages_of_a_decimal_share() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from policy_cases import causal, random_scores, scores_of
+from policy_cases import CASES, causal, random_scores, scores_of
 from torch import Tensor
 
-from hybridkv_vllm.policies import CLASSIFIERS, PolicyOptions
+from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores
 from hybridkv_vllm.policies.classify import classify
 
 LAYERS, HEADS, GROUP, WINDOW, TOKENS = 2, 3, 2, 5, 43
@@ -91,3 +92,31 @@ def test_static_at_exactly_theta() -> None:
     scores = random_scores(0)
     figure = float(classify(scores, PolicyOptions()).figure[0, 0])
     assert not classify(scores, PolicyOptions(theta=figure)).dynamic[0, 0]
+
+
+def one_layer(scores: PromptScores, layer: int) -> PromptScores:
+    rows = slice(layer, layer + 1)
+    return replace(scores, mass=scores.mass[rows], votes=scores.votes[rows])
+
+
+@pytest.mark.parametrize("case", [*CASES, "very_long"])
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_is_judged_as_among_all(policy: str, classifier: str, case: str) -> None:
+    """The verdict falls layer by layer while the prefill runs."""
+    scores = CASES[case] if case in CASES else random_scores(5, tokens=5000, visual=(40, 4900))
+    options = PolicyOptions(classifier=classifier)
+    whole = POLICIES[policy].classify(scores, options)
+    for layer in range(scores.mass.shape[0]):
+        alone = POLICIES[policy].classify(one_layer(scores, layer), options)
+        for name, value in vars(whole).items():
+            assert torch.equal(getattr(alone, name)[0], value[layer])
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_quest_calls_every_head_dynamic_and_reports_the_figure(classifier: str) -> None:
+    scores, options = CASES["long"], PolicyOptions(classifier=classifier)
+    verdict, usual = POLICIES["quest"].classify(scores, options), classify(scores, options)
+    assert verdict.dynamic.all()
+    assert torch.equal(verdict.figure, usual.figure)
+    assert torch.equal(verdict.sparsity, usual.sparsity)

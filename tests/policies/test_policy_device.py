@@ -5,16 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from policy_cases import CASES, random_scores
+from policy_cases import CASES, random_scores, recalls
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores, get_policy
+from hybridkv_vllm.policies import (
+    CLASSIFIERS,
+    POLICIES,
+    Policy,
+    PolicyOptions,
+    PromptScores,
+    Recall,
+    Selection,
+    get_policy,
+)
 
 # Operations whose result's shape, or whose answer to Python, needs the tensor's values.
 WAITING = {
@@ -60,18 +70,29 @@ def moved(case: PromptScores, device: str) -> PromptScores:
     )
 
 
-@pytest.mark.parametrize("case", ["usual", "window_is_prompt", "one_head"])
-@pytest.mark.parametrize("tier", ["off", "host"])
+def recalls_on(device: str, case: PromptScores, pages: int) -> list[Recall | None]:
+    found = recalls(case, pages).values()
+    return [recall and replace(recall, heads=recall.heads.to(device)) for recall in found]
+
+
+def choose(
+    policy: Policy, scores: PromptScores, pages: int, options: PolicyOptions, recall: Recall | None
+) -> Selection:
+    return policy.select(scores, policy.classify(scores, options), pages, options, recall)
+
+
+@pytest.mark.parametrize("case", ["usual", "long", "window_is_prompt", "one_head"])
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_stays_on_the_device(policy: str, classifier: str, tier: str, case: str) -> None:
-    options = PolicyOptions(classifier=classifier, dynamic_tier=tier)
+def test_stays_on_the_device(policy: str, classifier: str, case: str) -> None:
+    options = PolicyOptions(classifier=classifier)
     scores = moved(CASES[case], "meta")
     most = scores.heads * scores.capacity
-    with StaysOnDevice():
-        for pages in (most,) if policy == "full" else (0, scores.heads, most - 1, most):
-            selection = get_policy(policy).select(scores, pages, options)
-            assert selection.dest().shape == (*scores.mass.shape[:2], scores.compressible)
+    for pages in (most,) if policy == "full" else (0, scores.heads, most // 2, most - 1, most):
+        for recall in recalls_on("meta", scores, pages):
+            with StaysOnDevice():
+                selection = choose(get_policy(policy), scores, pages, options, recall)
+                assert selection.dest().shape == (*scores.mass.shape[:2], scores.compressible)
 
 
 @pytest.mark.parametrize(
@@ -101,21 +122,22 @@ def test_importable_without_vllm() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tier", ["off", "host"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gpu_gives_the_same_without_waiting(policy: str, tier: str) -> None:
+def test_gpu_gives_the_same_without_waiting(policy: str) -> None:
     case = random_scores(40, layers=4, heads=4, tokens=1000, window=64, visual=(100, 900))
     scores = moved(case, "cuda")
     pages = case.heads * case.capacity // (1 if policy == "full" else 4)
-    options = PolicyOptions(dynamic_tier=tier)
-    get_policy(policy).select(scores, pages, options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        on_gpu = get_policy(policy).select(scores, pages, options)
-        dest = on_gpu.dest()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    on_cpu = get_policy(policy).select(case, pages, options)
-    assert torch.equal(on_gpu.keep.cpu(), on_cpu.keep)
-    assert torch.equal(on_gpu.first_page.cpu(), on_cpu.first_page)
-    assert torch.equal(dest.cpu(), on_cpu.dest())
+    options, chosen = PolicyOptions(), get_policy(policy)
+    pairs = zip(recalls_on("cuda", case, pages), recalls_on("cpu", case, pages), strict=True)
+    for there, here in pairs:
+        choose(chosen, scores, pages, options, there)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            on_gpu = choose(chosen, scores, pages, options, there)
+            dest = on_gpu.dest()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        on_cpu = choose(chosen, case, pages, options, here)
+        for name in ("keep", "lengths", "first_page", "pages", "recalled"):
+            assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name))
+        assert torch.equal(dest.cpu(), on_cpu.dest())

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import CASES, PAGE, Allocation, page_counts, random_scores
-from torch import Tensor
+from policy_cases import CASES, PAGE, Allocation, page_counts, random_scores, recalls
 
 from hybridkv_vllm.policies import (
     CLASSIFIERS,
     POLICIES,
     PolicyOptions,
     PromptScores,
+    Recall,
     Selection,
     get_policy,
     select,
 )
 
-TIERS = ("off", "host", "gpu")
 PAGES = tuple(page_counts(CASES["usual"]))
 
 
-def head_pages(selection: Selection) -> Tensor:
-    return -(-selection.lengths // PAGE)
+def choose(
+    policy: str, scores: PromptScores, pages: int, options: PolicyOptions, recall: Recall | None = None
+) -> Selection:
+    chosen = get_policy(policy)
+    return chosen.select(scores, chosen.classify(scores, options), pages, options, recall)
 
 
 def pooled(scores: PromptScores, layer: int, head: int) -> list[float]:
@@ -51,61 +54,87 @@ def ranked(scores: PromptScores, text_prior: bool, layer: int, head: int) -> lis
     return sorted(range(scores.compressible), key=key)
 
 
+def best_chunks(scores: PromptScores, layer: int, head: int) -> list[int]:
+    """Chunks by the sum of their tokens' mass, rounded once; among equals the lower first."""
+    mass = scores.mass[layer, head].tolist()
+    chunks = range(scores.compressible // PAGE)
+    exact = [math.fsum(mass[PAGE * chunk : PAGE * (chunk + 1)]) for chunk in chunks]
+    score = torch.tensor(exact, dtype=torch.float32).tolist()
+    return sorted(chunks, key=lambda chunk: (-score[chunk], chunk))
+
+
 def expected_pages(
-    scores: PromptScores, pages: int, options: PolicyOptions, selection: Selection
+    policy: str, scores: PromptScores, pages: int, options: PolicyOptions, selection: Selection, least: int
 ) -> list[int]:
-    """Every head static with the tier off; the window counts only where it lies in the arena."""
-    split = options.dynamic_tier != "off"
+    """Heads that do not recall are static; the window counts only where it lies in the arena."""
+    capacity = scores.compressible // PAGE
+    if policy == "snapkv":
+        return [min(pages // scores.heads, capacity)] * scores.heads
+    dynamic = selection.recalled.flatten().tolist() if policy == "hybridkv" else [True] * scores.heads
     return Allocation(
         sparsity=selection.sparsity.flatten().tolist(),
-        dynamic=[split and dynamic for dynamic in selection.dynamic.flatten().tolist()],
+        dynamic=dynamic,
         pages=pages,
-        capacity=scores.compressible // PAGE,
+        capacity=capacity,
         window=sum(position >= scores.tokens - scores.window for position in range(scores.compressible)),
         share_ppm=round(options.dynamic_share * 10**6),
+        least=least,
     ).expected()
 
 
-def check(policy: str, scores: PromptScores, pages: int, options: PolicyOptions) -> None:
-    selection = get_policy(policy).select(scores, pages, options)
+def check(
+    policy: str, scores: PromptScores, pages: int, options: PolicyOptions, recall: Recall | None
+) -> None:
+    selection = choose(policy, scores, pages, options, recall)
     layers, heads = scores.mass.shape[:2]
-    used, most = head_pages(selection), scores.heads * scores.capacity
+    most = scores.heads * scores.capacity
+    in_force = recall if get_policy(policy).recalls and pages < most else None
+    landmark_pages, least = (in_force.landmark_pages, in_force.least_pages) if in_force else (0, 0)
 
     assert selection.keep.shape == (layers, heads, scores.compressible)
-    assert selection.keep.dtype == selection.dynamic.dtype == torch.bool
-    assert selection.lengths.dtype == selection.first_page.dtype == torch.int32
+    assert selection.keep.dtype == selection.dynamic.dtype == selection.recalled.dtype == torch.bool
+    assert selection.lengths.dtype == selection.first_page.dtype == selection.pages.dtype == torch.int32
     assert selection.figure.dtype == selection.sparsity.dtype == torch.float32
     assert torch.isfinite(selection.figure).all()
     assert torch.isfinite(selection.sparsity).all()
-    assert torch.equal(selection.dynamic, selection.figure < options.theta)
+    assert torch.equal(selection.dynamic, (selection.figure < options.theta) | (policy == "quest"))
+    assert torch.equal(selection.recalled, selection.dynamic & (in_force.heads if in_force else False))
 
-    assert int(used.sum()) <= pages
-    if policy == "snapkv":
-        assert selection.lengths.unique().numel() == 1
-        assert min(pages, most) - int(used.sum()) < scores.heads
-    else:
-        assert int(used.sum()) == min(pages, most)
-    if policy == "hybridkv":
-        assert used.flatten().tolist() == expected_pages(scores, pages, options, selection)
+    assert torch.equal(selection.lengths, selection.keep.sum(-1, dtype=torch.int32))
+    landmarks = selection.recalled.int() * landmark_pages
+    assert torch.equal(selection.pages, landmarks - -selection.lengths // PAGE)
+    used = selection.pages.flatten().tolist()
+    assert sum(used) <= pages
+    assert used == expected_pages(policy, scores, pages, options, selection, least)
     if pages >= most:
         assert selection.keep.all()
     if pages >= scores.heads:
-        assert (used >= 1).all()
+        assert min(used) >= 1
+    recalling = selection.pages.flatten()[selection.recalled.flatten()].tolist()
+    if recalling:
+        assert max(recalling) - min(recalling) <= 1
+        assert min(recalling) >= min(least, pages // scores.heads)
 
-    assert torch.equal(selection.lengths, selection.keep.sum(-1, dtype=torch.int32))
-    starts = [0, *itertools.accumulate(used.flatten().tolist())][:-1]
-    assert selection.first_page.flatten().tolist() == starts
+    starts = torch.tensor([0, *itertools.accumulate(used)][:-1]).view(layers, heads)
+    assert torch.equal(selection.first_page, starts + landmarks)
 
     dest = selection.dest()
     assert dest.dtype == torch.int32
     for layer, head in itertools.product(range(layers), range(heads)):
         length = int(selection.lengths[layer, head])
         kept = selection.keep[layer, head].nonzero().flatten().tolist()
-        assert kept == sorted(ranked(scores, policy != "snapkv", layer, head)[:length])
+        if selection.recalled[layer, head]:
+            hot = int(selection.pages[layer, head]) - landmark_pages
+            chunks = sorted(best_chunks(scores, layer, head)[:hot])
+            assert hot >= 1
+            assert kept == [PAGE * chunk + token for chunk in chunks for token in range(PAGE)]
+        else:
+            text_prior = policy not in ("snapkv", "quest")
+            assert kept == sorted(ranked(scores, text_prior, layer, head)[:length])
         assert dest[layer, head][kept].tolist() == list(range(length))
     assert (dest[~selection.keep] == -1).all()
 
-    again = get_policy(policy).select(scores, pages, options)
+    again = choose(policy, scores, pages, options, recall)
     assert all(torch.equal(getattr(again, name), value) for name, value in vars(selection).items())
 
 
@@ -116,20 +145,35 @@ def check(policy: str, scores: PromptScores, pages: int, options: PolicyOptions)
 def test_every_policy_on_every_prompt(policy: str, classifier: str, case: str, pages: str) -> None:
     scores = CASES[case]
     arena = page_counts(scores)[pages]
-    tiers = TIERS if policy == "hybridkv" else ("off",)
-    for tier in tiers:
-        options = PolicyOptions(classifier=classifier, dynamic_tier=tier)
+    options = PolicyOptions(classifier=classifier)
+    for recall in recalls(scores, arena).values():
         if policy == "full" and arena < scores.heads * scores.capacity:
             with pytest.raises(ValueError, match="'full' needs"):
-                get_policy(policy).select(scores, arena, options)
+                choose(policy, scores, arena, options, recall)
         else:
-            check(policy, scores, arena, options)
+            check(policy, scores, arena, options, recall)
+
+
+def test_recalling_is_tried() -> None:
+    """The prompts and arenas above must not all be too small for it."""
+    tried = {
+        (case, count)
+        for case, scores in CASES.items()
+        for count, pages in page_counts(scores).items()
+        if len(recalls(scores, pages)) > 1
+    }
+    assert {case for case, _ in tried} >= {"long", "broad_and_long", "all_tied_long"}
+    assert {count for _, count in tried} == {"half", "one_short"}
+    scores = CASES["long"]
+    options, pages = PolicyOptions(classifier="sparsity"), page_counts(scores)["half"]
+    selection = choose("hybridkv", scores, pages, options, recalls(scores, pages)["all_5"])
+    assert 0 < int(selection.recalled.sum()) < scores.heads
 
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(data=st.data())
 def test_random_prompts(data: st.DataObject) -> None:
-    tokens = data.draw(st.integers(16, 130), "tokens")
+    tokens = data.draw(st.integers(16, 300), "tokens")
     scores = random_scores(
         data.draw(st.integers(0, 2**20), "seed"),
         layers=data.draw(st.integers(1, 3), "layers"),
@@ -144,19 +188,62 @@ def test_random_prompts(data: st.DataObject) -> None:
         classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
         theta=data.draw(st.floats(0, 1), "theta"),
         dynamic_share=data.draw(st.floats(0, 1), "dynamic_share"),
-        dynamic_tier=data.draw(st.sampled_from(TIERS), "tier"),
     )
-    check(policy, scores, data.draw(st.integers(0, scores.heads * scores.capacity + 3), "pages"), options)
+    pages = data.draw(st.integers(0, scores.heads * scores.capacity + 3), "pages")
+    found = recalls(scores, pages, data.draw(st.integers(0, 2**20), "found"))
+    check(policy, scores, pages, options, data.draw(st.sampled_from(list(found.values())), "recall"))
 
 
-@pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
+@settings(max_examples=150, deadline=None, database=None)
+@given(data=st.data())
+def test_any_recall_that_fits(data: st.DataObject) -> None:
+    """Least pages other than `least_recall_pages` says, also more than an equal share."""
+    scores = random_scores(data.draw(st.integers(0, 2**20), "seed"), tokens=180, visual=(10, 160))
+    equal_share = data.draw(st.integers(2, scores.capacity + 1), "equal_share")
+    pages = equal_share * scores.heads + data.draw(st.integers(0, scores.heads - 1), "surplus")
+    landmark_pages = data.draw(st.integers(0, equal_share - 1), "landmark_pages")
+    heads = data.draw(st.lists(st.booleans(), min_size=scores.heads, max_size=scores.heads), "heads")
+    recall = Recall(
+        heads=torch.tensor(heads).view(scores.mass.shape[:2]),
+        landmark_pages=landmark_pages,
+        least_pages=data.draw(st.integers(landmark_pages + 1, scores.capacity + 5), "least_pages"),
+    )
+    options = PolicyOptions(
+        classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
+        dynamic_share=data.draw(st.floats(0, 1), "dynamic_share"),
+    )
+    check(data.draw(st.sampled_from(["hybridkv", "quest"]), "policy"), scores, pages, options, recall)
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "quest"])
+def test_landmarks_that_do_not_fit_are_refused(policy: str) -> None:
+    scores = CASES["long"]
+    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=7, least_pages=11)
+    with pytest.raises(ValueError, match="7 landmark pages and a chunk do not fit in 7 pages a head"):
+        choose(policy, scores, 7 * scores.heads + 5, PolicyOptions(), recall)
+    with pytest.raises(ValueError, match="least_pages"):
+        Recall(recall.heads, landmark_pages=7, least_pages=7)
+
+
+def test_chunks_compete_by_their_sum_and_ties_go_to_the_lower() -> None:
+    score = torch.zeros(1, 2, 4 * PAGE)
+    score[0, 0, 2 * PAGE] = 1.0  # one token with all of it
+    score[0, 0, 3 * PAGE :] = 0.125  # many with twice as much
+    kept = select.keep_chunks(score, torch.tensor([[2, 3]]))
+    chunks = kept.view(1, 2, 4, PAGE)
+    assert torch.equal(chunks.all(-1), chunks.any(-1))
+    assert chunks[0, :, :, 0].tolist() == [[False, False, True, True], [True, True, True, False]]
+    assert not select.keep_chunks(score, torch.zeros(1, 2, dtype=torch.int64)).any()
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "snapkv", "quest"])
 def test_window_is_kept_wherever_it_fits(policy: str) -> None:
     scores = random_scores(20, tokens=240, window=40, visual=(10, 190))
     in_window = torch.arange(240) >= 200
     for pages in range(3 * scores.heads, scores.heads * scores.capacity, 5):
-        selection = get_policy(policy).select(scores, pages, PolicyOptions())
+        selection = choose(policy, scores, pages, PolicyOptions())
         # The floor is the window: three pages a head hold it whatever the weights are.
-        assert (head_pages(selection) >= 3).all()
+        assert (selection.pages >= 3).all()
         assert selection.keep[..., in_window].all()
 
 
@@ -164,8 +251,8 @@ def test_text_comes_before_visual_and_snapkv_makes_no_difference() -> None:
     scores = CASES["long"]
     text = ~scores.is_visual[: scores.compressible]
     pages = scores.heads * 9
-    hybrid = get_policy("hybridkv").select(scores, pages, PolicyOptions())
-    snap = get_policy("snapkv").select(scores, pages, PolicyOptions())
+    hybrid = choose("hybridkv", scores, pages, PolicyOptions())
+    snap = choose("snapkv", scores, pages, PolicyOptions())
     roomy = hybrid.lengths >= int(text.sum())
     assert roomy.any()
     assert hybrid.keep[roomy][:, text].all()
@@ -179,7 +266,7 @@ def test_closest_scores_still_rank_visual_tokens(scale: float) -> None:
     tokens = 128
     mass = (1 + torch.arange(tokens) * 2.0**-23).mul(scale).expand(1, 1, tokens).contiguous()
     scores = PromptScores(mass, torch.ones_like(mass), torch.ones(tokens, dtype=torch.bool), 1, 1, tokens)
-    keep = get_policy("hybridkv").select(scores, 2, PolicyOptions()).keep[0, 0]
+    keep = choose("hybridkv", scores, 2, PolicyOptions()).keep[0, 0]
     # Pooling spreads the last token before the window, at 126, no further than 126 itself.
     assert keep[tokens - 32 :].all()
 
@@ -194,10 +281,11 @@ def test_broken_scores_never_overrun_the_arena() -> None:
         usual.group,
         usual.compressible,
     )
-    for policy, classifier in itertools.product(["hybridkv", "snapkv"], CLASSIFIERS):
-        options = PolicyOptions(classifier=classifier, dynamic_tier="host")
-        selection = get_policy(policy).select(broken, usual.heads * 2, options)
-        assert int(head_pages(selection).sum()) == usual.heads * 2
+    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=1, least_pages=2)
+    for policy, classifier in itertools.product(["hybridkv", "snapkv", "quest"], CLASSIFIERS):
+        selection = choose(policy, broken, usual.heads * 2, PolicyOptions(classifier=classifier), recall)
+        assert int(selection.pages.sum()) == usual.heads * 2
+        assert (selection.lengths[selection.recalled] == PAGE).all()
         assert torch.isfinite(selection.figure).all()
 
 
@@ -205,15 +293,26 @@ def test_budget_share() -> None:
     assert {name: policy.budget_share(0.1) for name, policy in POLICIES.items()} == {
         "full": 1.0,
         "hybridkv": 0.1,
+        "quest": 0.1,
         "snapkv": 0.1,
     }
 
 
+def test_who_recalls_and_by_which_landmarks() -> None:
+    found = {name: (policy.recalls, policy.landmark) for name, policy in POLICIES.items()}
+    assert found == {
+        "full": (False, None),
+        "hybridkv": (True, None),
+        "quest": (True, "minmax"),
+        "snapkv": (False, None),
+    }
+
+
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'snap': choose one of full, hybridkv, snapkv"):
+    with pytest.raises(ValueError, match="'snap': choose one of full, hybridkv, quest, snapkv"):
         get_policy("snap")
     with pytest.raises(ValueError, match="'mass': choose one of sparsity, text_mass, top_mass, union"):
-        get_policy("snapkv").select(CASES["usual"], 24, PolicyOptions(classifier="mass"))
+        get_policy("snapkv").classify(CASES["usual"], PolicyOptions(classifier="mass"))
 
 
 @pytest.mark.parametrize(
@@ -233,9 +332,7 @@ def test_scores_that_do_not_fit_are_refused(change: dict[str, object], message: 
         PromptScores(**{**vars(CASES["usual"]), **change})
 
 
-@pytest.mark.parametrize(
-    "change", [{"theta": 1.1}, {"theta": float("nan")}, {"dynamic_share": -0.1}, {"dynamic_tier": "disk"}]
-)
+@pytest.mark.parametrize("change", [{"theta": 1.1}, {"theta": float("nan")}, {"dynamic_share": -0.1}])
 def test_options_out_of_range_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         PolicyOptions(**change)

@@ -1,0 +1,47 @@
+"""Quest: every head keeps everything elsewhere and recalls chunks by their bounds, to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from hybridkv_kernels.recall.layout import LandmarkKind
+
+from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.select import fill_pages, settle_recall, window_first
+
+
+class Quest(Policy):
+    """Quest (Tang et al. 2024, arXiv 2406.10774): each step attends to the pages its query may need.
+
+    The paper's: pages of 16 tokens, for each the least and the largest value of every key dimension; a page's
+    score is the largest product with the query that these bounds allow; each step attends to the pages with
+    the highest scores. There all KV stays on the GPU, each head chooses on its own, and the first two layers
+    stay dense. Ours: one choice per KV head, for its whole query group; every layer recalls; the bounds come
+    out of the same budget as the chunks, and all heads share it evenly, to the page; the observation window
+    says which chunks are hot at first. Heads that found no room in the tier are pruned as `SnapKV` would: the
+    window, then its best-voted tokens.
+    """
+
+    name: ClassVar[str] = "quest"
+    recalls: ClassVar[bool] = True
+    landmark: ClassVar[LandmarkKind | None] = "minmax"
+
+    def classify(self, scores: PromptScores, options: PolicyOptions) -> Verdict:
+        verdict = super().classify(scores, options)
+        return replace(verdict, dynamic=torch.ones_like(verdict.dynamic))
+
+    def select(
+        self,
+        scores: PromptScores,
+        verdict: Verdict,
+        pages: int,
+        options: PolicyOptions,
+        recall: Recall | None = None,
+    ) -> Selection:
+        settled = settle_recall(recall, verdict, scores, pages)
+        each, surplus = divmod(min(pages, scores.heads * scores.capacity), scores.heads)
+        rank = torch.arange(scores.heads, device=scores.mass.device)
+        head_pages = each + (rank < surplus).long().view(scores.mass.shape[:2])
+        return fill_pages(head_pages, window_first(scores), scores, verdict, settled)
