@@ -1,7 +1,7 @@
 """Counters that engine and worker processes write and the API server shows on its own /metrics.
 
 Scheduler and workers are processes of their own, without an exporter. They write prometheus_client's
-multi-process files; the API server merges them with prometheus_client's own collector. Nothing is sent,
+multi-process files; the API server merges them as prometheus_client's own collector does. Nothing is sent,
 nothing waits, and replicas and ranks on one node add up by themselves.
 """
 
@@ -11,12 +11,13 @@ import functools
 import glob
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from hybridkv_vllm.plan import PromptPlan
 
@@ -26,9 +27,15 @@ VLLM_DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Description(NamedTuple):
-    """A metric's Prometheus type and help text."""
+    """A metric's type and help text.
 
-    kind: Literal["counter", "gauge"]
+    Attributes:
+        kind: how the first part of prometheus_client's file names says it. Of a `gauge_livesum` only what
+            living processes say counts; of the others also what dead ones have left.
+        help: Prometheus help text.
+    """
+
+    kind: Literal["counter", "gauge_sum", "gauge_livesum"]
     help: str
 
 
@@ -41,10 +48,22 @@ METRICS: Mapping[str, Description] = {
         "counter", "Prompt tokens kept per KV head, mean over layers and heads, summed over prompts."
     ),
     "hybridkv_blocks_freed": Description("counter", "Prompt blocks given back to the pool by compression."),
-    "hybridkv_blocks_arena": Description("gauge", "Blocks that hold compressed prompts now."),
-    "hybridkv_heads": Description("gauge", "KV heads classified so far, over all compressed prompts."),
-    "hybridkv_fallbacks": Description("counter", "Requests or heads served without compression, by reason."),
+    "hybridkv_blocks_arena": Description("gauge_livesum", "Blocks that hold compressed prompts now."),
+    "hybridkv_heads": Description("gauge_sum", "KV heads classified so far, over all compressed prompts."),
+    "hybridkv_chunks_recalled": Description(
+        "counter", "Chunks copied from their tier into a hot slot while decoding."
+    ),
+    "hybridkv_chunks_hit": Description("counter", "Chosen chunks that were in a hot slot already."),
+    "hybridkv_host_bytes": Description(
+        "gauge_livesum", "Bytes of host memory that hold chunks of dynamic heads."
+    ),
+    "hybridkv_fallbacks": Description(
+        "counter",
+        "Requests served uncompressed, or KV heads pruned although they were found dynamic, by reason.",
+    ),
 }
+# Their label values are not known beforehand; all others show 0 from the start.
+LABELLED = ("hybridkv_heads", "hybridkv_fallbacks")
 
 
 def prepare_directory() -> None:
@@ -64,7 +83,39 @@ def _own_directory() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def _register_collector(directory: str) -> None:
-    MultiProcessCollector(REGISTRY, path=directory)
+    REGISTRY.register(LiveCollector(directory))
+
+
+class LiveCollector(Collector):
+    """Shows what all processes have written, less what dead ones left in gauges of living ones.
+
+    prometheus_client's own expects a parent to delete the files of its dead children; nobody does here.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics, each summed over the processes of this node."""
+        files = glob.glob(os.path.join(self._directory, "*-hybridkv.db"))
+        return MultiProcessCollector.merge([path for path in files if _counts(path)])
+
+
+def _counts(path: str) -> bool:
+    """Whether a file is to be counted, by its name `KIND_PID-hybridkv.db`."""
+    kind, _, rest = os.path.basename(path).rpartition("_")
+    return kind != "gauge_livesum" or is_alive(int(rest.split("-")[0]))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def metrics_directory() -> str:
@@ -79,12 +130,12 @@ class MetricsWriter:
         # The suffix keeps clear of the file of the same process that prometheus_client itself may write.
         suffix = f"{os.getpid()}-hybridkv.db"
         self._files = {
-            "counter": MmapedDict(os.path.join(directory, f"counter_{suffix}")),
-            "gauge": MmapedDict(os.path.join(directory, f"gauge_livesum_{suffix}")),
+            kind: MmapedDict(os.path.join(directory, f"{kind}_{suffix}"))
+            for kind in sorted({description.kind for description in METRICS.values()})
         }
         self._values: dict[str, float] = {}
         for name in METRICS:
-            if name not in ("hybridkv_heads", "hybridkv_fallbacks"):
+            if name not in LABELLED:
                 self.add(name, 0.0)
 
     def add(self, name: str, amount: float, **labels: str) -> None:
@@ -139,6 +190,19 @@ class WorkerMetrics:
         self._writer.add("hybridkv_heads", num_static, type="static")
         self._writer.add("hybridkv_heads", num_dynamic, type="dynamic")
 
+    def chunks(self, hit: int, recalled: int) -> None:
+        """Chunks were chosen: so many were in a hot slot already, so many had to be copied into one."""
+        self._writer.add("hybridkv_chunks_hit", hit)
+        self._writer.add("hybridkv_chunks_recalled", recalled)
+
+    def set_host_bytes(self, num_bytes: int) -> None:
+        """Bytes of this rank's host tier that requests hold now."""
+        self._writer.set("hybridkv_host_bytes", num_bytes)
+
+    def heads_pruned(self, reason: str, num_heads: int) -> None:
+        """So many KV heads of this rank (not requests) were found dynamic and yet pruned."""
+        self._writer.add("hybridkv_fallbacks", num_heads, reason=reason)
+
 
 @functools.cache
 def _writer(pid: int, directory: str) -> MetricsWriter:
@@ -166,9 +230,8 @@ class Sample(NamedTuple):
 
 def read_samples() -> list[Sample]:
     """Reads what all processes of this server have written so far."""
-    files = glob.glob(os.path.join(metrics_directory(), "*-hybridkv.db"))
     return [
         Sample(sample.name, dict(sample.labels), sample.value)
-        for metric in MultiProcessCollector.merge(files)
+        for metric in LiveCollector(metrics_directory()).collect()
         for sample in metric.samples
     ]

@@ -1,0 +1,258 @@
+"""The report on KV heads: ranks put together, whole files only, the last 16 requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from hybridkv_vllm.observe.heads import KEPT_REQUESTS, HeadsReport, heads_report, read_heads
+
+HEADS = 2
+LAYERS = 3
+
+
+def code(number: int, pp_rank: int, tp_rank: int, layer: int, head: int) -> int:
+    """A number that says whose head it is."""
+    return number * 10_000 + pp_rank * 1000 + tp_rank * 100 + layer * 10 + head
+
+
+def record(
+    report: HeadsReport,
+    number: int,
+    pp_rank: int = 0,
+    tp_rank: int = 0,
+    layers: int = LAYERS,
+    name: str | None = None,
+) -> None:
+    """Reports request `number`: every figure is made from its place."""
+    places = [
+        [code(number, pp_rank, tp_rank, layer, head) for head in range(HEADS)] for layer in range(layers)
+    ]
+    report.record(
+        name or f"r{number}",
+        prompt_tokens=1000 + number,
+        arena_pages=layers * HEADS * 4,
+        figure=[[place / 8 for place in row] for row in places],
+        dynamic=[[place % 2 == 0 for place in row] for row in places],
+        recalled=[[place % 2 == 0 and tp_rank == 0 for place in row] for row in places],
+        pages=[[place + 1 for place in row] for row in places],
+        kept_tokens=[[place + 2 for place in row] for row in places],
+    )
+
+
+def names() -> list[str]:
+    """Ids of the requests that are shown, in order."""
+    return [request.request_id for request in read_heads()]
+
+
+def report_as_rank(connection: Connection, dp_rank: int, pp_rank: int, tp_rank: int, layers: int) -> None:
+    """A worker: reports each request it is told."""
+    report = heads_report(dp_rank, pp_rank, tp_rank)
+    connection.send("ready")
+    while True:
+        number, name = connection.recv()
+        record(report, number, pp_rank, tp_rank, layers, name)
+        connection.send("reported")
+
+
+def write_until_told(connection: Connection) -> None:
+    """A worker: reports large requests one after the other, until it is told to stop."""
+    report = heads_report(0, 0, 0)
+    connection.send("ready")
+    number = 0
+    while not connection.poll():
+        number += 1
+        record(report, number, layers=60)
+    connection.send(number)
+
+
+def tell(worker: Any, number: int, name: str | None = None) -> None:
+    worker.tell((number, name))
+    assert worker.hear() == "reported"
+
+
+def test_ranks_of_a_request_are_put_together(directory: Path, start_worker: Callable[..., Any]) -> None:
+    depth = {0: 2, 1: 1}  # Layers of each pipeline rank.
+    ranks = {
+        (pp, tp): start_worker(report_as_rank, 0, pp, tp, depth[pp]) for pp in range(2) for tp in range(2)
+    }
+    for worker in ranks.values():
+        assert worker.hear() == "ready"
+    assert names() == []
+    # One rank after the other: shown only once all have reported.
+    for number in (5, 6):
+        for worker in ranks.values():
+            assert f"r{number}" not in names()
+            tell(worker, number)
+    newest, older = read_heads()
+    assert (newest.request_id, older.request_id) == ("r6", "r5")
+    assert newest.prompt_tokens == 1006
+    assert newest.arena_pages == 2 * (2 + 1) * HEADS * 4
+    places = [
+        [code(6, pp, tp, layer, head) for tp in range(2) for head in range(HEADS)]
+        for pp in range(2)
+        for layer in range(depth[pp])
+    ]
+    assert [[head.model_dump() for head in layer] for layer in newest.layers] == [
+        [
+            {
+                "figure": place / 8,
+                "type": "dynamic" if place % 2 == 0 else "static",
+                "recalled": place % 2 == 0 and place // 100 % 10 == 0,
+                "pages": place + 1,
+                "kept_tokens": place + 2,
+            }
+            for place in layer
+        ]
+        for layer in places
+    ]
+    assert newest.dynamic_share == 1 / 2
+    assert newest.recalled_share == 1 / 4
+
+    # The dead have left their files, but these do not count.
+    for worker in ranks.values():
+        worker.kill()
+    assert read_heads() == []
+    assert len(list(directory.glob("heads-*.json"))) == 4
+
+
+def test_replicas_are_kept_apart(directory: Path, start_worker: Callable[..., Any]) -> None:
+    first, second = (start_worker(report_as_rank, dp_rank, 0, 0, 1) for dp_rank in range(2))
+    assert first.hear() == second.hear() == "ready"
+    tell(first, 1, "a")
+    tell(second, 2, "b")
+    tell(first, 3, "c")
+    # The same id in two replicas is two requests.
+    tell(second, 4, "a")
+    requests = read_heads()
+    assert [(request.request_id, request.prompt_tokens) for request in requests] == [
+        ("a", 1004),
+        ("c", 1003),
+        ("b", 1002),
+        ("a", 1001),
+    ]
+    assert all(len(layer) == HEADS for request in requests for layer in request.layers)
+
+
+def test_a_reader_never_sees_part_of_a_file(directory: Path, start_worker: Callable[..., Any]) -> None:
+    writer = start_worker(write_until_told)
+    assert writer.hear() == "ready"
+    seen = set()
+    # A torn file would fail to parse, a mixed one would hold other requests than the last in a row.
+    while len(seen) < 60:
+        requests = read_heads()
+        if requests:
+            numbers = [request.prompt_tokens - 1000 for request in requests]
+            assert numbers == list(range(numbers[0], max(0, numbers[0] - KEPT_REQUESTS), -1))
+            assert [request.layers[59][1].pages for request in requests] == [
+                code(number, 0, 0, 59, 1) + 1 for number in numbers
+            ]
+            seen.add(numbers[0])
+    writer.tell("stop")
+    assert isinstance(written := writer.hear(), int)
+    assert written >= max(seen)
+
+
+def test_the_last_16_requests_stay(directory: Path) -> None:
+    report = heads_report(0, 0, 0)
+    for number in range(1, 21):
+        record(report, number)
+    assert names() == [f"r{number}" for number in range(20, 4, -1)]
+    # A preempted request is compressed again: its last report counts, and is the newest.
+    record(report, 30, name="r9")
+    assert names()[:2] == ["r9", "r20"]
+    assert len(names()) == KEPT_REQUESTS
+    assert read_heads()[0].prompt_tokens == 1030
+    for number in range(40, 45):
+        record(report, number)
+    assert [name for name in names() if name in ("r8", "r9", "r10", "r11")] == ["r9", "r11"]
+
+
+def test_a_new_worker_of_a_rank_replaces_the_old(directory: Path) -> None:
+    record(heads_report(0, 0, 0), 1)
+    assert names() == ["r1"]
+    record(heads_report(0, 0, 0), 2)
+    assert names() == ["r2"]
+
+
+def test_a_forked_child_leaves_its_parents_file_alone(directory: Path) -> None:
+    report = heads_report(0, 0, 0)
+    record(report, 1)
+    (ours,) = directory.iterdir()
+    assert ours.name == f"heads-0-0-0-{os.getpid()}.json"
+    before = ours.read_bytes()
+    child = multiprocessing.get_context("fork").Process(target=record, args=(report, 2))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert ours.read_bytes() == before
+    (theirs,) = set(directory.iterdir()) - {ours}
+    assert theirs.name == f"heads-0-0-0-{child.pid}.json"
+    # The child is dead: what it wrote last does not stand for the rank.
+    assert names() == ["r1"]
+
+
+def test_a_full_disk_does_not_stop_the_worker(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = heads_report(0, 0, 0)
+    record(report, 1)
+    monkeypatch.setattr(os, "replace", _no_space)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        record(report, 2)
+        record(report, 3)
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "hybridkv: /hybridkv/heads will lack requests, [Errno 28] No space left on device; free some space"
+    ]
+    assert names() == ["r1"]
+    monkeypatch.undo()
+    monkeypatch.setenv("HYBRIDKV_METRICS_DIR", str(directory))
+    record(report, 4)
+    assert names() == ["r4", "r3", "r2", "r1"]
+
+
+def _no_space(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_directory_that_is_gone_stops_nobody(directory: Path) -> None:
+    report = heads_report(0, 0, 0)
+    shutil.rmtree(directory)
+    record(report, 1)
+    assert read_heads() == []
+
+
+def test_the_file_holds_no_more_than_the_figures(directory: Path) -> None:
+    record(heads_report(0, 0, 0), 1)
+    (file,) = directory.iterdir()
+    (entry,) = json.loads(file.read_text())
+    assert set(entry) == {
+        "request_id",
+        "recorded_at",
+        "prompt_tokens",
+        "arena_pages",
+        "figure",
+        "dynamic",
+        "recalled",
+        "pages",
+        "kept_tokens",
+    }
+
+
+def test_a_wrong_type_is_refused(directory: Path) -> None:
+    report = heads_report(0, 0, 0)
+    table: Any = [[0.5]]
+    with pytest.raises(ValidationError, match="figure"):
+        report.record("r", 1, 1, table[0], [[True]], [[True]], [[1]], [[1]])
+    assert read_heads() == []
