@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybridkv_kernels.recall.layout import LandmarkKind
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.plan import Tier
 from hybridkv_vllm.policies import POLICIES, PolicyOptions
 
 if TYPE_CHECKING:
@@ -46,21 +48,26 @@ class ServerOptions(BaseModel):
         allow_inf_nan=False,
         description="Coefficient r: what dynamic heads get of an equal share of the budget.",
     )
-    landmark: Literal["sketch", "mean", "minmax"] = Field(
+    landmark: LandmarkKind = Field(
         default="sketch", description="What the GPU keeps of a dynamic head's chunk to score it."
     )
-    dynamic_tier: Literal["off"] = Field(
-        default="off",
-        description="Where a dynamic head's chunks live; `off` prunes every head. Host and GPU tiers are "
-        "not built yet.",
+    dynamic_tier: Literal["host", "gpu", "off"] = Field(
+        default="host",
+        description="Where a dynamic head's chunks live: in host memory, or in the prompt's own blocks "
+        "on the GPU, which are then not given back; `off` prunes every head.",
     )
     host_pool_gib: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Pinned host memory for the chunks of dynamic heads, GiB a rank.",
+        description="Pinned host memory for the chunks of dynamic heads, GiB a rank; by default the ranks "
+        "of a node share a quarter of its memory.",
     )
     recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
+    pin_first_chunks: int = Field(default=0, ge=0, description="First chunks that are always selected.")
+    pin_recent_chunks: int = Field(
+        default=0, ge=0, description="Last prompt chunks that are always selected."
+    )
     window: int = Field(
         default=64,
         ge=2,
@@ -78,13 +85,22 @@ class ServerOptions(BaseModel):
             classifier=self.classifier,
             theta=self.theta,
             dynamic_share=self.dynamic_share,
-            dynamic_tier=self.dynamic_tier,
         )
 
     @property
     def budget_share(self) -> float:
         """The budget that the policy really uses (`full` keeps everything)."""
         return POLICIES[self.policy].budget_share(self.budget)
+
+    @property
+    def recall_tier(self) -> Tier:
+        """The tier that dynamic heads recall from; `off` where the policy prunes them."""
+        return self.dynamic_tier if POLICIES[self.policy].recalls else "off"
+
+    @property
+    def landmark_kind(self) -> LandmarkKind:
+        """The landmark kind in use: the policy's own, where it defines one."""
+        return POLICIES[self.policy].landmark or self.landmark
 
 
 class RequestOptions(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 PAGE_TOKENS = 16
 # Observation window where no text follows the last visual token.
@@ -13,6 +14,7 @@ FALLBACK_WINDOW = 32
 MIN_LAST_CHUNK = 2
 
 Span = tuple[int, int]
+Tier = Literal["host", "gpu", "off"]
 
 
 def observation_window(num_tokens: int, visual_spans: Sequence[Span], longest: int) -> int:
@@ -52,12 +54,24 @@ class PromptPlan:
         window: W, queries of the observation window.
         arena_size: A, blocks of the arena.
         visual_spans: `(start, end)` of visual tokens, end exclusive.
+        tier: where heads that recall keep their chunks; `off` where none will.
     """
 
     num_tokens: int
     window: int
     arena_size: int
     visual_spans: tuple[Span, ...]
+    tier: Tier = "off"
+
+    @property
+    def recalls(self) -> bool:
+        """Whether heads may recall chunks of this prompt while decoding."""
+        return self.tier != "off"
+
+    @property
+    def keeps_prompt_blocks(self) -> bool:
+        """Whether the prompt's blocks stay with the request: chunks are recalled from there."""
+        return self.tier == "gpu"
 
     @property
     def num_full_blocks(self) -> int:
@@ -72,10 +86,12 @@ class PromptPlan:
     def clip_chunk(self, start: int, length: int) -> int:
         """Length of the prefill chunk at `start`, cut so that it ends neither in the window nor past T.
 
-        Zero asks the scheduler to wait for a step with room for the whole window.
+        Zero asks the scheduler to wait for a step with room for the whole window. Past T lie the generated
+        tokens of a preempted request. Where heads recall, each chose its chunks when it was new, so each is
+        computed in a step of its own again.
         """
         if start >= self.num_tokens:
-            return length
+            return min(length, 1) if self.recalls else length
         if start + length >= self.num_tokens:
             return self.num_tokens - start
         return min(length, max(0, self.last_chunk_start - start))
@@ -91,12 +107,17 @@ class ArenaGrant:
 
 
 def make_plan(
-    num_tokens: int, visual_spans: Sequence[Span], budget: float, longest_window: int
+    num_tokens: int, visual_spans: Sequence[Span], budget: float, longest_window: int, tier: Tier = "off"
 ) -> PromptPlan:
-    """Plans the compression of a prompt of at least one full block."""
+    """Plans the compression of a prompt of at least one full block.
+
+    An arena that holds the whole prompt leaves nothing to recall, whatever the tier.
+    """
+    arena_size = arena_blocks(budget, num_tokens)
     return PromptPlan(
         num_tokens=num_tokens,
         window=observation_window(num_tokens, visual_spans, longest_window),
-        arena_size=arena_blocks(budget, num_tokens),
+        arena_size=arena_size,
         visual_spans=tuple(visual_spans),
+        tier=tier if arena_size < num_tokens // PAGE_TOKENS else "off",
     )

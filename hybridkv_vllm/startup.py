@@ -18,8 +18,15 @@ SYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVScheduler"
 ASYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVAsyncScheduler"
 # What configurations call a layer whose KV cache holds every token. The last two name its feed-forward part.
 FULL_ATTENTION = {"full_attention", "attention", "sparse", "dense"}
-# Options that only dynamic heads with chunks of their own make use of.
-FOR_DYNAMIC_TIERS = {"dynamic_share", "landmark", "host_pool_gib", "recall_interval"}
+# Options that only heads that recall chunks make use of.
+FOR_RECALL = {
+    "dynamic_share",
+    "landmark",
+    "host_pool_gib",
+    "recall_interval",
+    "pin_first_chunks",
+    "pin_recent_chunks",
+}
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -74,9 +81,9 @@ def _log_options(options: ServerOptions) -> None:
     given = ", ".join(f"{name}={value}" for name, value in options.model_dump(exclude_none=True).items())
     logger = init_logger(f"vllm.{__name__}")
     logger.info_once("hybridkv: %s", given)
-    idle = sorted(options.model_fields_set & FOR_DYNAMIC_TIERS)
-    if idle and options.dynamic_tier == "off":
-        logger.warning_once("hybridkv: without a dynamic tier these do nothing: %s", ", ".join(idle))
+    idle = sorted(options.model_fields_set & FOR_RECALL)
+    if idle and options.recall_tier == "off":
+        logger.warning_once("hybridkv: where no head recalls chunks these do nothing: %s", ", ".join(idle))
 
 
 def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:

@@ -35,12 +35,14 @@ class DecodeRows:
         row_slot: `[n]` int32, request slot, -1 for padding.
         row_len: `[n]` int32, tokens visible including the row's own.
         work: how the kernel splits them; None for the torch backend.
+        recalls: whether heads recall the chunks that these tokens need.
     """
 
     tokens: slice
     row_slot: torch.Tensor
     row_len: torch.Tensor
     work: DecodePlan | None
+    recalls: bool
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]
             if tables.work is not None:
                 tables.work.update(row_slot, row_len, tables.decode)
-            metadata.decodes.append(DecodeRows(slice(0, num_decodes), row_slot, row_len, tables.work))
+            recalls = tables.recall is not None
+            tokens = slice(0, num_decodes)
+            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, tables.work, recalls))
         if num_decodes < common.num_reqs:
             self._add_prompt_rows(metadata, common, tables, num_decodes)
         return metadata
@@ -121,19 +125,22 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         run_start = first_row
         for row in range(first_row, common.num_reqs):
             slot = int(common.req_idx[row])
-            plan = tables.plans.get(slot) if tables.live else None
+            grant = tables.grants.get(slot) if tables.live else None
+            if grant is None:
+                continue
+            plan = grant.plan
             start, stop = bounds[row], bounds[row + 1]
             computed = seq_lens[row] - (stop - start)
-            if plan is None:
-                continue
             if computed >= plan.num_tokens:
                 self._add_dense(metadata, common, slice(run_start, row), alone=False)
                 run_start = row + 1
+                # The scheduler replays such a request token by token: as decodes, each with its own chunks.
+                assert not plan.recalls, "hybridkv: a replay of several tokens cannot recall chunks"
                 metadata.decodes.extend(self._replay(tables, slot, slice(start, stop), computed))
             elif seq_lens[row] == plan.num_tokens:
                 assert stop - start >= plan.window, "hybridkv: a prefill chunk cut the observation window"
                 metadata.prefill_ends.append(
-                    PrefillEnd(tables, self._impl.options, slot, plan, stop, self._impl.kernel_backend)
+                    PrefillEnd(tables, self._impl.options, slot, grant, stop, self._impl.kernel_backend)
                 )
         rest = slice(run_start, common.num_reqs)
         self._add_dense(metadata, common, rest, alone=run_start == first_row)
@@ -165,5 +172,5 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             if tables.work is not None:
                 work = make_work(tables.shape, stop - start, device)
                 work.update(row_slot, row_len, tables.decode)
-            parts.append(DecodeRows(slice(start, stop), row_slot, row_len, work))
+            parts.append(DecodeRows(slice(start, stop), row_slot, row_len, work, recalls=False))
         return parts

@@ -148,6 +148,17 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
                 output[rows.tokens],
             )
         for decode in attn_metadata.decodes:
+            if decode.recalls:
+                assert tables.recall is not None
+                tables.recall.recall(
+                    query[decode.tokens],
+                    tables.pool,
+                    decode.row_slot,
+                    decode.row_len,
+                    tables.decode,
+                    self._layer,
+                    self.scale,
+                )
             extent_decode(
                 query[decode.tokens],
                 tables.pool,
@@ -163,5 +174,5 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         for prefill_end in attn_metadata.prefill_ends:
             prefill_end.score(query, self._layer, self.scale)
             if self._layer == tables.shape.num_layers - 1:
-                self._log.record(prefill_end.compress(), prefill_end.plan)
+                self._log.record(prefill_end.compress())
         return output

@@ -15,9 +15,9 @@ from hybridkv_vllm.plan import ArenaGrant, PromptPlan
 class HybridKVManager(FullAttentionManager):
     """Full attention blocks plus one arena for each request whose prompt is compressed.
 
-    A planned request holds: its prompt's blocks until the step that ends the prefill is processed, the
-    arena from the moment that step is scheduled, and the ordinary blocks of its tail. Everything else is
-    vLLM's `FullAttentionManager` (read in 0.32.0).
+    A planned request holds: its prompt's blocks until the step that ends the prefill is processed (with the
+    tier `gpu` to its own end), the arena from the moment that step is scheduled, and the ordinary blocks of
+    its tail. Everything else is vLLM's `FullAttentionManager` (read in 0.32.0).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,12 +108,14 @@ class HybridKVManager(FullAttentionManager):
     ) -> None:
         """Returns the prompt's full blocks once the step that filled the arena is processed.
 
-        On *processed* tokens: with async scheduling a step in flight may still read the prompt.
+        Unless chunks are recalled from them. On *processed* tokens: with async scheduling a step in flight
+        may still read the prompt.
         """
         del num_prompt_tokens
         plan = self.plans.get(request_id)
         if (
             plan is None
+            or plan.keeps_prompt_blocks
             or request_id not in self.arenas
             or request_id in self._released
             or processed_computed_tokens < plan.num_tokens

@@ -76,7 +76,7 @@ class HybridKVScheduler(Scheduler):
             self._fall_back("streaming_input", "a session's prompt grows; it stays uncompressed")
             return None
         budget = get_policy(options.policy).budget_share(wanted.hybridkv_budget or options.budget)
-        plan = make_plan(num_tokens, visual_spans(request), budget, options.window)
+        plan = make_plan(num_tokens, visual_spans(request), budget, options.window, options.recall_tier)
         longest = min(num_tokens + (params.max_tokens or 0), self.max_model_len)
         if ceil_pages(longest) + plan.arena_size > self.hybridkv_manager.num_usable_blocks():
             self._fall_back(
@@ -153,6 +153,8 @@ class HybridKVScheduler(Scheduler):
             self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
             if manager.is_released(grant.request_id):
                 self.hybridkv_metrics.compressed(grant.plan, blocks_freed=grant.plan.num_full_blocks)
+            elif grant.plan.keeps_prompt_blocks:
+                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
         self.hybridkv_metrics.set_arena_blocks(manager.num_arena_blocks)
         return outputs
 

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from hybridkv_kernels import Backend
 from hybridkv_kernels.compact import compact
 from hybridkv_kernels.window_scores import window_scores
+from torch import Tensor
 
 from hybridkv_vllm.config import ServerOptions
+from hybridkv_vllm.observe.heads import HeadsReport
 from hybridkv_vllm.observe.metrics import WorkerMetrics
-from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, ceil_pages
-from hybridkv_vllm.policies import PromptScores, Selection, get_policy
+from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, ceil_pages
+from hybridkv_vllm.policies import PromptScores, Selection, Verdict, get_policy
+from hybridkv_vllm.worker.host_tier import Reservation
+from hybridkv_vllm.worker.recall import (
+    NO_ROOM_FOR_LANDMARKS,
+    NO_ROOM_ON_HOST,
+    RecallState,
+    begin_recall,
+)
 from hybridkv_vllm.worker.tables import RequestTables
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of one prompt, as far as the host knows it.
+
+    Attributes:
+        grant: what the scheduler decided about the prompt.
+        selection: what stays, on the device.
+        reservation: host memory for the chunks of the heads that recall; None without a host tier.
+        pruned_because: why heads that were found dynamic do not recall; None where they need not.
+    """
+
+    grant: ArenaGrant
+    selection: Selection
+    reservation: Reservation | None
+    pruned_because: str | None
 
 
 class PrefillEnd:
@@ -30,33 +57,45 @@ class PrefillEnd:
         tables: RequestTables,
         options: ServerOptions,
         slot: int,
-        plan: PromptPlan,
+        grant: ArenaGrant,
         last_query: int,
         backend: Backend,
     ) -> None:
-        """Allocates the scores.
+        """Allocates the scores, and reserves host memory for heads that will recall.
 
         Args:
             last_query: the row in the step's query tensor just after the prompt's last token.
             backend: kernel backend, `triton` or `torch`.
         """
-        shape = tables.shape
+        shape, device, plan = tables.shape, tables.pool.device, grant.plan
         self._tables = tables
         self._options = options
+        self._policy = get_policy(options.policy)
         self._slot = slot
+        self._grant = grant
         self.plan = plan
         self._window = slice(last_query - plan.window, last_query)
         self._backend = backend
         size = (shape.num_layers, shape.num_kv_heads, plan.num_tokens)
-        self._mass = torch.empty(size, dtype=torch.float32, device=tables.pool.device)
+        self._mass = torch.empty(size, dtype=torch.float32, device=device)
         self._votes = torch.empty_like(self._mass)
+        self._is_visual = torch.zeros(plan.num_tokens, dtype=torch.bool, device=device)
+        for start, end in plan.visual_spans:
+            self._is_visual[start:end] = True
+        self._verdicts: list[Verdict] = []
+        self._recall = begin_recall(tables.recall, shape, slot, plan)
 
-    def score(self, query: torch.Tensor, layer: int, scale: float) -> None:
-        """Scores one layer's keys from the observation window; `query` is the step's `[N, Hq, D]`."""
+    def score(self, query: Tensor, layer: int, scale: float) -> None:
+        """Scores one layer's keys from the observation window and judges its heads.
+
+        Chunks of dynamic heads are then on their way to the host while later layers compute. `query` is the
+        step's `[N, Hq, D]`.
+        """
+        blocks = self._tables.decode.blocks[self._slot]
         window_scores(
             query[self._window],
             self._tables.pool,
-            self._tables.decode.blocks[self._slot, : ceil_pages(self.plan.num_tokens)],
+            blocks[: ceil_pages(self.plan.num_tokens)],
             self.plan.num_tokens,
             layer,
             self._tables.shape.num_layers,
@@ -65,63 +104,132 @@ class PrefillEnd:
             self._votes[layer],
             backend=self._backend,
         )
+        verdict = self._policy.classify(self._scores(slice(layer, layer + 1)), self._options.policy_options())
+        self._verdicts.append(verdict)
+        if self._recall is not None:
+            pool = self._tables.pool
+            self._recall.take_layer(layer, verdict.dynamic, pool, blocks[: self.plan.num_full_blocks])
 
-    def compress(self) -> Selection:
+    def _scores(self, layers: slice) -> PromptScores:
+        return PromptScores(
+            mass=self._mass[layers],
+            votes=self._votes[layers],
+            is_visual=self._is_visual,
+            window=self.plan.window,
+            group=self._tables.shape.group,
+            compressible=self.plan.num_full_blocks * PAGE_TOKENS,
+        )
+
+    def compress(self) -> Compression:
         """Chooses what stays and moves it into the arena; after the last layer wrote its keys and values."""
-        plan, tables, shape = self.plan, self._tables, self._tables.shape
-        device = tables.pool.device
-        is_visual = torch.zeros(plan.num_tokens, dtype=torch.bool, device=device)
-        for start, end in plan.visual_spans:
-            is_visual[start:end] = True
-        scores = PromptScores(
-            mass=self._mass,
-            votes=self._votes,
-            is_visual=is_visual,
-            window=plan.window,
-            group=shape.group,
-            compressible=plan.num_full_blocks * PAGE_TOKENS,
+        plan, tables, shape, recall = self.plan, self._tables, self._tables.shape, self._recall
+        positions = 0 if recall is None else recall.position_pages
+        selection = self._policy.select(
+            self._scores(slice(None)),
+            Verdict.join(self._verdicts),
+            plan.arena_size * shape.num_layers * shape.num_kv_heads - positions,
+            self._options.policy_options(),
+            None if recall is None else recall.recall(),
         )
-        pages = plan.arena_size * shape.num_layers * shape.num_kv_heads
-        selection = get_policy(self._options.policy).select(scores, pages, self._options.policy_options())
-        extents = torch.stack((selection.first_page, selection.lengths), dim=-1).to(torch.int32)
-        compact(
-            tables.pool,
-            selection.dest(),
-            tables.decode.blocks[self._slot, : plan.num_full_blocks],
-            tables.decode.arena[self._slot, : plan.arena_size],
-            extents,
-            backend=self._backend,
-        )
+        extents = torch.stack((selection.first_page + positions, selection.lengths), dim=-1).to(torch.int32)
+        dest = selection.dest()
+        blocks = tables.decode.blocks[self._slot, : plan.num_full_blocks]
+        arena = tables.decode.arena[self._slot, : plan.arena_size]
+        compact(tables.pool, dest, blocks, arena, extents, backend=self._backend)
+        if recall is not None:
+            recall.finish(tables.pool, blocks, arena, extents, dest)
         tables.decode.extents[self._slot].copy_(extents)
         tables.decode.tail_start[self._slot].fill_(plan.num_full_blocks * PAGE_TOKENS)
-        return selection
+        if recall is not None:
+            reason: str | None = NO_ROOM_ON_HOST
+        else:
+            reason = NO_ROOM_FOR_LANDMARKS if tables.recall is not None and plan.recalls else None
+        return Compression(self._grant, selection, recall.reservation if recall else None, reason)
 
 
 class CompressionLog:
-    """Counts what compressions did once their figures have arrived on the host; it never waits for them."""
+    """Counts what compressions and recalls did once the figures are on the host; it never waits for them."""
 
-    def __init__(self, metrics: WorkerMetrics, device: torch.device) -> None:
+    def __init__(
+        self, metrics: WorkerMetrics, heads: HeadsReport, recall: RecallState | None, device: torch.device
+    ) -> None:
         self._metrics = metrics
+        self._heads = heads
+        self._recall = recall
         self._on_gpu = device.type == "cuda"
-        self._pending: deque[tuple[torch.cuda.Event | None, torch.Tensor, PromptPlan, int]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event | None, Tensor, Compression]] = deque()
+        self._counting: tuple[torch.cuda.Event | None, Tensor] | None = None
+        self._counted = (0, 0)
 
-    def record(self, selection: Selection, plan: PromptPlan) -> None:
-        """Starts the copy of a compression's figures: dynamic heads, mean tokens in the arena."""
-        figures = torch.stack((selection.dynamic.float().sum(), selection.lengths.float().mean()))
-        event = None
-        if self._on_gpu:
-            figures = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(
-                figures, non_blocking=True
-            )
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((event, figures, plan, selection.dynamic.numel()))
+    def _to_host(self, figures: Tensor) -> tuple[torch.cuda.Event | None, Tensor]:
+        """Starts a copy; the event tells when it is done."""
+        if not self._on_gpu:
+            return None, figures.clone()
+        copied = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return event, copied
+
+    def record(self, compression: Compression) -> None:
+        """Starts the copy of what a compression decided for each head."""
+        selection = compression.selection
+        figures = torch.stack(
+            [
+                part.double()
+                for part in (
+                    selection.figure,
+                    selection.dynamic,
+                    selection.recalled,
+                    selection.pages,
+                    selection.lengths,
+                )
+            ]
+        )
+        self._pending.append((*self._to_host(figures), compression))
 
     def collect(self) -> None:
-        """Counts the compressions whose figures are here; called between steps."""
-        while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
-            _, figures, plan, num_heads = self._pending.popleft()
-            num_dynamic, in_arena = figures.tolist()
-            # The prompt's partial last block stays in the tail, for every head.
-            kept = in_arena + plan.num_tokens % PAGE_TOKENS
-            self._metrics.compressed(kept, num_heads - int(num_dynamic), int(num_dynamic))
+        """Counts what has arrived; called between steps."""
+        while self._pending and _is_here(self._pending[0][0]):
+            _, figures, compression = self._pending.popleft()
+            self._count_compression(figures, compression)
+        if self._recall is not None:
+            self._count_chunks(self._recall)
+            if self._recall.tier is not None:
+                self._metrics.set_host_bytes(self._recall.tier.bytes_held)
+
+    def _count_compression(self, figures: Tensor, compression: Compression) -> None:
+        grant = compression.grant
+        figure, dynamic, recalled, pages, lengths = figures
+        num_dynamic, num_recalled = int(dynamic.sum()), int(recalled.sum())
+        if compression.reservation is not None and self._recall is not None and self._recall.tier is not None:
+            self._recall.tier.trim(compression.reservation, num_recalled * grant.plan.num_full_blocks)
+        if compression.pruned_because is not None and num_dynamic > num_recalled:
+            self._metrics.heads_pruned(compression.pruned_because, num_dynamic - num_recalled)
+        # The prompt's partial last block stays in the tail, for every head.
+        kept = float(lengths.mean()) + grant.plan.num_tokens % PAGE_TOKENS
+        self._metrics.compressed(kept, dynamic.numel() - num_dynamic, num_dynamic)
+        self._heads.record(
+            grant.request_id,
+            grant.plan.num_tokens,
+            len(grant.block_ids) * dynamic.numel(),
+            figure.tolist(),
+            dynamic.bool().tolist(),
+            recalled.bool().tolist(),
+            pages.int().tolist(),
+            lengths.int().tolist(),
+        )
+
+    def _count_chunks(self, recall: RecallState) -> None:
+        """One copy of the device's counters is under way at a time."""
+        if self._counting is not None and _is_here(self._counting[0]):
+            hit, recalled = (int(count) for count in self._counting[1])
+            self._metrics.chunks(hit - self._counted[0], recalled - self._counted[1])
+            self._counted = (hit, recalled)
+            self._counting = None
+        if self._counting is None:
+            self._counting = self._to_host(recall.work.counters)
+
+
+def _is_here(event: torch.cuda.Event | None) -> bool:
+    """Whether a copy is done."""
+    return event is None or event.query()

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hybridkv_kernels.recall.landmarks import Landmarks
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -17,9 +19,13 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.observe.heads import heads_report
 from hybridkv_vllm.observe.metrics import worker_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
+from hybridkv_vllm.worker.host_tier import HostTier, host_pool_bytes
+from hybridkv_vllm.worker.recall import RecallState
+from hybridkv_vllm.worker.rope import find_rope
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
 
 # Long enough for a few tiles of every kernel.
@@ -34,6 +40,8 @@ class HybridKVModelState(DefaultModelState):
         self._tables: RequestTables | None = None
         self._log: CompressionLog | None = None
         self._slots: dict[str, int] = {}
+        self._host_tier: HostTier | None = None
+        self._host_tier_bytes = 0
         self._next_step_is_real = False
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
@@ -63,20 +71,66 @@ class HybridKVModelState(DefaultModelState):
             num_query_heads=impl.num_heads,
             head_size=impl.head_size,
         )
+        pool = page_pool([layer.kv_cache for layer in layers], shape)
+        blocks = block_tables.block_tables[0].gpu
+        recall = self._make_recall(shape, impl, pool, slots=blocks.shape[0])
         self._tables = RequestTables.create(
             shape,
-            page_pool([layer.kv_cache for layer in layers], shape),
-            block_tables.block_tables[0].gpu,
+            pool,
+            blocks,
             max_rows=self.max_num_reqs,
             with_work=impl.kernel_backend == "triton",
+            recall=recall,
         )
         parallel = self.vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        self._log = CompressionLog(worker_metrics(ranks), self.device)
+        heads = heads_report(
+            parallel.data_parallel_index, get_pp_group().rank_in_group, get_tp_group().rank_in_group
+        )
+        self._log = CompressionLog(worker_metrics(ranks), heads, recall, self.device)
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton" and self.device.type == "cuda":
             self._warm_up(self._tables, impl)
+
+    def _make_recall(
+        self, shape: CacheShape, impl: HybridKVImpl, pool: torch.Tensor, *, slots: int
+    ) -> RecallState | None:
+        """What heads need to recall chunks; None where the options let none do so.
+
+        Raises:
+            HybridKVConfigError: the host memory is not to be had.
+        """
+        options = impl.options
+        if options.recall_tier == "off":
+            return None
+        rope = find_rope(self.model, self.rope_state.num_dims if self.rope_state is not None else 1)
+        landmarks = Landmarks.create(options.landmark_kind, shape.head_size, pool.dtype, self.device, rope)
+        if options.recall_tier == "host":
+            parallel = self.vllm_config.parallel_config
+            num_bytes = host_pool_bytes(
+                options.host_pool_gib,
+                pool.nbytes,
+                options.budget_share,
+                parallel.local_world_size * max(parallel.data_parallel_size_local, 1),
+            )
+            # vLLM binds a small cache for its memory profiling first, and pinning takes seconds.
+            if self._host_tier is None or self._host_tier_bytes != num_bytes:
+                self._host_tier = None
+                self._host_tier = HostTier.create(num_bytes, shape.head_size, pool.dtype, self.device)
+                self._host_tier_bytes = num_bytes
+        return RecallState.create(
+            shape,
+            options,
+            landmarks,
+            self._host_tier,
+            None if self.rope_state is None else self.rope_state.read_prefill_positions,
+            slots=slots,
+            max_rows=self.max_num_reqs,
+            max_chunks=max(self.vllm_config.model_config.max_model_len // PAGE_TOKENS, 1),
+            backend=impl.kernel_backend,
+            device=self.device,
+        )
 
     def _warm_up(self, tables: RequestTables, impl: HybridKVImpl) -> None:
         """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.
@@ -87,13 +141,13 @@ class HybridKVModelState(DefaultModelState):
         num_tokens = min(max(options.window, MIN_WARM_UP_TOKENS), self.vllm_config.model_config.max_model_len)
         if num_tokens < PAGE_TOKENS:
             return
-        plan = make_plan(num_tokens, (), options.budget_share, options.window)
-        tables.plans[slot] = plan
+        plan = make_plan(num_tokens, (), options.budget_share, options.window, options.recall_tier)
+        tables.grants[slot] = grant = ArenaGrant("warm-up", plan, (0,) * plan.arena_size)
         tables.pool[: shape.num_layers * shape.num_kv_heads].zero_()
         query = torch.zeros(
             num_tokens, shape.num_query_heads, shape.head_size, dtype=tables.pool.dtype, device=self.device
         )
-        end = PrefillEnd(tables, options, slot, plan, num_tokens, impl.kernel_backend)
+        end = PrefillEnd(tables, options, slot, grant, num_tokens, impl.kernel_backend)
         for layer in range(shape.num_layers):
             end.score(query, layer, impl.scale)
         end.compress()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from hybridkv_kernels.extent_decode import DecodePlan, DecodeTables
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, PromptPlan
+from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant
+
+if TYPE_CHECKING:
+    from hybridkv_vllm.worker.recall import RecallState
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class RequestTables:
         decode: extents, arenas, tail starts and ordinary blocks by slot.
         row_slot: `[R]` int32, slot of each decode row of the running step, -1 for padding.
         work: the running step's split of the decode over programs.
-        plans: plan of each slot whose prompt ends prefill in this step or is compressed (host side).
+        recall: tables of the heads that recall chunks; None where none ever does.
+        grants: of each slot whose prompt ends prefill in this step or is compressed (host side).
         live: whether the running step holds requests; a dummy run's slots mean nothing.
     """
 
@@ -93,7 +98,8 @@ class RequestTables:
     decode: DecodeTables
     row_slot: torch.Tensor
     work: DecodePlan | None
-    plans: dict[int, PromptPlan] = field(default_factory=dict)
+    recall: RecallState | None = None
+    grants: dict[int, ArenaGrant] = field(default_factory=dict)
     live: bool = False
 
     @classmethod
@@ -105,6 +111,7 @@ class RequestTables:
         *,
         max_rows: int,
         with_work: bool,
+        recall: RecallState | None,
     ) -> RequestTables:
         """Allocates empty tables.
 
@@ -112,6 +119,7 @@ class RequestTables:
             blocks: vLLM's block table by slot, `[S, B]` int32 (shared, not copied).
             max_rows: decode rows of a step, at most.
             with_work: whether the kernels in use need a `DecodePlan`.
+            recall: tables of the heads that recall, for the same slots.
         """
         slots, width = blocks.shape
         device = pool.device
@@ -125,7 +133,7 @@ class RequestTables:
         )
         work = make_work(shape, max_rows, device) if with_work else None
         row_slot = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        return cls(shape=shape, pool=pool, decode=decode, row_slot=row_slot, work=work)
+        return cls(shape=shape, pool=pool, decode=decode, row_slot=row_slot, work=work, recall=recall)
 
     def begin_step(self, slots: torch.Tensor | None, num_rows: int) -> None:
         """Notes which slot each row of the coming step belongs to.
@@ -141,13 +149,15 @@ class RequestTables:
         self.row_slot[used:num_rows].fill_(-1)
 
     def reset(self, slot: int) -> None:
-        """Makes the slot's request uncompressed: extents empty, the tail starts at 0."""
-        if self.plans.pop(slot, None) is not None:
+        """Makes the slot's request uncompressed: extents empty, the tail starts at 0, nothing is recalled."""
+        if self.grants.pop(slot, None) is not None:
             self.decode.extents[slot].zero_()
             self.decode.tail_start[slot].zero_()
+            if self.recall is not None:
+                self.recall.reset(slot)
 
     def grant(self, slot: int, grant: ArenaGrant) -> None:
         """Takes the arena that the scheduler reserved for the step that ends the slot's prefill."""
-        self.plans[slot] = grant.plan
+        self.grants[slot] = grant
         arena = async_tensor_h2d(list(grant.block_ids), device=self.pool.device, dtype=torch.int32)
         self.decode.arena[slot, : len(grant.block_ids)].copy_(arena)

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hybridkv_vllm.attention.builder import HybridKVMetadata, HybridKVMetadataBuilder
 from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.plan import make_plan
+from hybridkv_vllm.plan import ArenaGrant, make_plan
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables
 
 SLOTS, WIDTH = 8, 64
@@ -47,7 +47,10 @@ def build(
         ),
         row_slot=torch.full((SLOTS,), -1, dtype=torch.int32),
         work=None,
-        plans={slot: make_plan(tokens, (), 0.25, 64) for slot, tokens in planned.items()},
+        grants={
+            slot: ArenaGrant(str(slot), make_plan(tokens, (), 0.25, 64), ())
+            for slot, tokens in planned.items()
+        },
     )
     slots = torch.tensor([slot for slot, _, _ in rows])
     tables.begin_step(slots if live else None, len(rows))

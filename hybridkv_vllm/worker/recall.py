@@ -1,0 +1,262 @@
+"""What a rank holds for heads that recall chunks, and how a prompt's heads come to recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hybridkv_kernels import Backend
+from hybridkv_kernels.chunk_offload import chunk_offload
+from hybridkv_kernels.chunk_recall import chunk_recall
+from hybridkv_kernels.extent_decode import DecodeTables
+from hybridkv_kernels.landmark_build import landmark_build
+from hybridkv_kernels.recall.landmarks import Landmarks
+from hybridkv_kernels.recall.tables import STORE_BLOCK, RecallTables
+from hybridkv_kernels.recall.work import RecallWork
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from hybridkv_vllm.config import ServerOptions
+from hybridkv_vllm.plan import PromptPlan
+from hybridkv_vllm.policies import Recall, least_recall_pages
+from hybridkv_vllm.worker.host_tier import HostTier, Reservation
+from hybridkv_vllm.worker.tables import CacheShape
+
+# Reasons under which dynamic heads that had to be pruned are counted.
+NO_ROOM_FOR_LANDMARKS = "landmarks_do_not_fit"
+NO_ROOM_ON_HOST = "host_pool_full"
+
+ReadPositions = Callable[[int, int], Tensor]
+"""(slot, n) to the positions [axes, n] of the prompt's first n tokens, on the device."""
+
+
+@dataclass
+class RecallState:
+    """One rank's tables, buffers and tier; slot-indexed and allocated once, so that CUDA graphs can hold on.
+
+    Attributes:
+        tables: which heads recall, and where their chunks are.
+        work: buffers of one layer's recall.
+        landmarks: what describes a chunk.
+        tier: the host tier; None where chunks stay in the prompt's blocks.
+        options: the server's.
+        backend: kernel backend, `triton` or `torch`.
+        read_positions: None where a token's position is its index, or is not needed.
+        stream: where chunks go to the host while later layers compute; None on a CPU.
+    """
+
+    tables: RecallTables
+    work: RecallWork
+    landmarks: Landmarks
+    tier: HostTier | None
+    options: ServerOptions
+    backend: Backend
+    read_positions: ReadPositions | None
+    stream: torch.cuda.Stream | None
+
+    @classmethod
+    def create(
+        cls,
+        shape: CacheShape,
+        options: ServerOptions,
+        landmarks: Landmarks,
+        tier: HostTier | None,
+        read_positions: ReadPositions | None,
+        *,
+        slots: int,
+        max_rows: int,
+        max_chunks: int,
+        backend: Backend,
+        device: torch.device,
+    ) -> RecallState:
+        """Allocates empty tables.
+
+        Args:
+            slots: request slots.
+            max_rows: decode rows of a step, at most.
+            max_chunks: chunks of the longest prompt.
+        """
+        heads = shape.num_layers * shape.num_kv_heads
+        columns = -(-heads * max_chunks // STORE_BLOCK) if tier is not None else 1
+        tables = RecallTables(
+            chunk_first=torch.full(
+                (slots, shape.num_layers, shape.num_kv_heads), -1, dtype=torch.int32, device=device
+            ),
+            store_blocks=torch.zeros(slots, columns, dtype=torch.int32, device=device),
+            prompt_len=torch.zeros(slots, dtype=torch.int32, device=device),
+        )
+        work = RecallWork.create(
+            max_rows, shape.num_kv_heads, shape.num_query_heads, shape.head_size, max_chunks, device
+        )
+        stream = torch.cuda.Stream(device) if device.type == "cuda" and tier is not None else None
+        return cls(tables, work, landmarks, tier, options, backend, read_positions, stream)
+
+    def reset(self, slot: int) -> None:
+        """The slot's request is gone: none of its heads recalls, its host memory is free."""
+        self.tables.chunk_first[slot].fill_(-1)
+        if self.tier is not None:
+            self.tier.release(slot)
+
+    def recall(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        row_slot: Tensor,
+        row_len: Tensor,
+        decode: DecodeTables,
+        layer: int,
+        scale: float,
+    ) -> None:
+        """Makes the chunks hot that one layer's decode rows need; see `chunk_recall`."""
+        chunk_recall(
+            query,
+            pool,
+            self.tier.store if self.tier is not None else None,
+            row_slot,
+            row_len,
+            decode,
+            self.tables,
+            layer,
+            scale,
+            self.landmarks,
+            self.work,
+            interval=self.options.recall_interval,
+            pin_first=self.options.pin_first_chunks,
+            pin_recent=self.options.pin_recent_chunks,
+            backend=self.backend,
+        )
+
+
+class RecallBeginning:
+    """One prompt's heads on their way to recalling, alive during the forward that ends the prefill.
+
+    Which heads are dynamic is known on the device only. The host reserves store blocks for all heads, or as
+    many as are free; dynamic heads take their share in (layer, KV head) order until it is used up.
+
+    Attributes:
+        reservation: the request's store blocks; None where chunks stay in the prompt's blocks.
+        position_pages: arena pages that the tokens' positions take, before all heads' pages.
+    """
+
+    def __init__(
+        self,
+        state: RecallState,
+        shape: CacheShape,
+        slot: int,
+        plan: PromptPlan,
+        least_pages: int,
+    ) -> None:
+        """Reserves host memory; see `begin_recall`."""
+        self._state = state
+        self._shape = shape
+        self._slot = slot
+        self._chunks = plan.num_full_blocks
+        self._least_pages = least_pages
+        layout = state.landmarks.layout
+        self._landmark_pages = layout.pages(self._chunks)
+        self.position_pages = layout.position_pages(self._chunks)
+        self._heads: list[Tensor] = []
+        device = state.tables.chunk_first.device
+        self._next_chunk = torch.zeros((), dtype=torch.int32, device=device)
+        self.reservation: Reservation | None = None
+        state.tables.prompt_len[slot].fill_(plan.num_tokens)
+        if state.tier is not None:
+            wanted = shape.num_layers * shape.num_kv_heads * self._chunks
+            self.reservation = state.tier.reserve(slot, wanted)
+            blocks = async_tensor_h2d(self.reservation.blocks, device=device, dtype=torch.int32)
+            state.tables.store_blocks[slot, : len(blocks)].copy_(blocks)
+
+    def take_layer(self, layer: int, dynamic: Tensor, pool: Tensor, blocks: Tensor) -> None:
+        """Gives the layer's dynamic heads room in the tier, and starts the copies of their chunks.
+
+        Args:
+            layer: its keys and values are written.
+            dynamic: `[1, H]` bool.
+            pool: all pages.
+            blocks: `[n]` int32, the prompt's full blocks.
+        """
+        tables = self._state.tables
+        place = dynamic[0].cumsum(0, dtype=torch.int32) * self._chunks
+        first = self._next_chunk + place - self._chunks
+        takes = dynamic[0]
+        if self.reservation is not None:
+            takes = takes & (first + self._chunks <= self.reservation.num_pages)
+        tables.chunk_first[self._slot, layer].copy_(torch.where(takes, first, -1))
+        self._next_chunk = self._next_chunk + takes.sum(dtype=torch.int32) * self._chunks
+        self._heads.append(takes[None])
+        if self._state.tier is not None:
+            stream = self._state.stream
+            if stream is None:
+                self._offload(layer, pool, blocks)
+            else:
+                stream.wait_stream(torch.cuda.current_stream(pool.device))
+                with torch.cuda.stream(stream):
+                    self._offload(layer, pool, blocks)
+
+    def _offload(self, layer: int, pool: Tensor, blocks: Tensor) -> None:
+        state = self._state
+        assert state.tier is not None
+        chunk_offload(
+            pool,
+            state.tier.store,
+            blocks,
+            state.tables.store_blocks[self._slot],
+            state.tables.chunk_first[self._slot, layer],
+            layer,
+            self._shape.num_layers,
+            backend=state.backend,
+        )
+
+    def recall(self) -> Recall:
+        """What the policy allocates for, once all layers have been taken."""
+        return Recall(torch.cat(self._heads), self._landmark_pages, self._least_pages)
+
+    def finish(self, pool: Tensor, blocks: Tensor, arena: Tensor, extents: Tensor, dest: Tensor) -> None:
+        """Builds the landmarks, and lets the main stream wait for the copies: after it the blocks may go.
+
+        Args:
+            pool: all pages.
+            blocks: `[n]` int32, the prompt's full blocks.
+            arena: `[A]` int32, the arena's blocks.
+            extents: `[L, H, 2]` int32, as the decode will read them.
+            dest: `[L, H, 16 * n]` int32, as `compact` was given.
+        """
+        state = self._state
+        positions = None
+        if state.landmarks.layout.position_axes:
+            assert state.read_positions is not None
+            positions = state.read_positions(self._slot, dest.shape[-1]).to(torch.int32).contiguous()
+        landmark_build(
+            pool,
+            blocks,
+            arena,
+            extents,
+            state.tables.chunk_first[self._slot],
+            dest,
+            state.landmarks,
+            positions,
+            backend=state.backend,
+        )
+        if state.stream is not None:
+            torch.cuda.current_stream(pool.device).wait_stream(state.stream)
+
+
+def begin_recall(
+    state: RecallState | None, shape: CacheShape, slot: int, plan: PromptPlan
+) -> RecallBeginning | None:
+    """Begins the recall of a prompt; None where its heads will not.
+
+    That is so without a tier, where the arena holds every chunk as it is, and where an equal share of it
+    cannot hold a head's landmarks and a handful of chunks (`least_recall_pages`).
+    """
+    if state is None or not plan.recalls:
+        return None
+    chunks = plan.num_full_blocks
+    layout = state.landmarks.layout
+    heads = shape.num_layers * shape.num_kv_heads
+    equal_share = plan.arena_size - -(-layout.position_pages(chunks) // heads)
+    least_pages = least_recall_pages(equal_share, chunks, layout.pages(chunks))
+    if least_pages is None:
+        return None
+    return RecallBeginning(state, shape, slot, plan, least_pages)

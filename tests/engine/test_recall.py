@@ -1,0 +1,390 @@
+"""Heads that recall: the real engine's memory, the host's memory, and answers that depend on the prompt only."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import (
+    SCENE,
+    TOLERANCE,
+    Answer,
+    Ask,
+    Engine,
+    assert_same,
+    engine,
+    picture,
+    schedule_asynchronously,
+    video,
+)
+from hybridkv_kernels.recall.layout import LandmarkLayout
+
+from hybridkv_vllm.observe.heads import RequestHeads, read_heads
+from hybridkv_vllm.observe.metrics import read_samples
+from hybridkv_vllm.plan import arena_blocks, ceil_pages
+from hybridkv_vllm.worker.host_tier import HostTier
+
+pytestmark = pytest.mark.slow
+
+# The tiny model's picture heads are dynamic, its text heads static: both kinds in every request.
+RECALL = {"budget": 0.3}
+STORE_BLOCK_GIB = 64 * 16 * 2 * 64 * 4 / 2**30  # 64 pages of the tiny model's heads in fp32.
+
+
+def picture_asks(count: int = 5, max_tokens: int = 24) -> list[Ask]:
+    """Prompts of about 350 tokens, most of them one picture's."""
+    return [
+        Ask(
+            f"picture {n}",
+            f"{n}. What is this?",
+            (picture(504, 448 + 28 * (n % 3), n),),
+            params={"max_tokens": max_tokens},
+        )
+        for n in range(count)
+    ]
+
+
+def count(name: str, **labels: str) -> float:
+    """A counter's value, over all labels but these."""
+    samples = [sample for sample in read_samples() if sample.name == name]
+    return sum(s.value for s in samples if all(s.labels.get(k) == v for k, v in labels.items()))
+
+
+def heads_of(ours: Engine, asks: Sequence[Ask]) -> list[RequestHeads]:
+    """What the heads report says of these requests, newest last."""
+    ours.ask(asks)
+    ours.core.step_fn()
+    return read_heads()[: len(asks)][::-1]
+
+
+def host_tier(ours: Engine) -> HostTier:
+    """The worker's own host tier."""
+    return ours.core.model_executor.driver_worker.worker.model_runner.model_state._host_tier
+
+
+@contextmanager
+def recalling(model: Path, **changes: Any) -> Iterator[Engine]:
+    """An engine whose host memory must be empty again at the end; options and engine settings by name."""
+    options = {name: changes.pop(name) for name in list(changes) if name in OPTIONS}
+    with engine(model, options={**RECALL, **options}, **changes) as ours:
+        yield ours
+        ours.assert_empty()
+        tier = host_tier(ours)
+        if tier is not None:
+            assert tier.num_free_blocks == tier.num_blocks
+            assert count("hybridkv_host_bytes") == 0
+
+
+OPTIONS = {
+    "budget",
+    "classifier",
+    "dynamic_tier",
+    "host_pool_gib",
+    "kernels",
+    "landmark",
+    "policy",
+    "recall_interval",
+    "theta",
+}
+
+
+def test_the_result_does_not_depend_on_chunks_hits_batch_or_preemption(tiny_model: Path) -> None:
+    asks = [
+        *picture_asks(),
+        Ask("video", "What happens?", frames=video(56, 5)),
+        Ask(
+            "two answers",
+            "Two, please.",
+            (picture(504, 504, 8),),
+            params={"n": 2, "temperature": 0.9, "seed": 7},
+        ),
+    ]
+    long = picture_asks(6, max_tokens=90)
+    with recalling(tiny_model) as ours:
+        alone = {name: given for ask in asks for name, given in ours.ask([ask]).items()}
+        recalled_shares = [request.recalled_share for request in read_heads()[: len(asks)]]
+        assert all(0 < share < 1 for share in recalled_shares), "both kinds of heads must be there"
+        again = ours.ask(asks)  # All at once, prefixes cached.
+        (output,) = ours.llm.generate([asks[1].prompt()], [asks[1].sampling()], use_tqdm=False)
+        assert output.num_cached_tokens > 0, "no prefix was hit: the comparison would prove nothing"
+        roomy = ours.ask(long)
+        assert ours.preemptions == 0
+    with recalling(tiny_model, max_num_batched_tokens=96) as ours:
+        chunked = ours.ask(asks)
+    with recalling(tiny_model, num_gpu_blocks_override=78, max_model_len=640) as ours:
+        squeezed = ours.ask(long)
+        assert ours.preemptions > 0
+    for ask in asks:
+        assert_same(again[ask.name], alone[ask.name], f"{ask.name}, with prefix hits")
+        assert_same(chunked[ask.name], alone[ask.name], f"{ask.name}, in small chunks")
+    for ask in long:
+        assert_same(squeezed[ask.name], roomy[ask.name], f"{ask.name}, preempted")
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "async"])
+@pytest.mark.parametrize("tier", ["host", "gpu"])
+def test_a_request_holds_its_arena_and_its_tail(
+    tier: str, scheduling: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at after every step, at the pool itself. The GPU tier holds the prompt's blocks too."""
+    if scheduling == "async":
+        schedule_asynchronously(monkeypatch)
+    (ask,) = picture_asks(1, max_tokens=40)
+    before = {name: count(f"hybridkv_{name}_total") for name in ("blocks_freed", "chunks_hit")}
+    with recalling(tiny_model, dynamic_tier=tier) as ours:
+        ours.llm.llm_engine.add_request("r", ask.prompt(), ask.sampling())
+        seen_after, host_blocks = 0, 0
+        while ours.llm.llm_engine.has_unfinished_requests():
+            ours.llm.llm_engine.step()
+            request = next(iter(ours.scheduler.requests.values()), None)
+            if request is None:
+                continue
+            tokens = request.num_prompt_tokens
+            if request.num_computed_tokens - request.num_in_flight_tokens < tokens:
+                continue
+            seen_after += 1
+            blocks = ceil_pages(request.num_computed_tokens) - (tokens // 16 if tier == "host" else 0)
+            assert ours.held_blocks() == arena_blocks(RECALL["budget"], tokens) + blocks
+            if tier == "host" and seen_after > 2:
+                # Reserved for all heads, and trimmed to those that recall once their number is known.
+                host_blocks = host_tier(ours).num_blocks - host_tier(ours).num_free_blocks
+        assert seen_after > 30
+        ours.core.step_fn()
+        report = read_heads()[0]
+        num_recalled = sum(head.recalled for layer in report.layers for head in layer)
+        if tier == "host":
+            assert host_blocks == -(-num_recalled * (tokens // 16) // 64) > 0
+    freed = count("hybridkv_blocks_freed_total") - before["blocks_freed"]
+    assert freed == (tokens // 16 if tier == "host" else 0)
+    assert count("hybridkv_chunks_hit_total") > before["chunks_hit"]
+
+
+def test_tiers_answer_alike_and_unlike_pruning(tiny_model: Path) -> None:
+    asks = picture_asks(3)
+    given: dict[str, dict[str, list[Answer]]] = {}
+    for tier in ("host", "gpu", "off"):
+        recalled = count("hybridkv_chunks_recalled_total")
+        with recalling(tiny_model, dynamic_tier=tier) as ours:
+            given[tier] = ours.ask(asks)
+        assert (count("hybridkv_chunks_recalled_total") > recalled) == (tier != "off")
+    for ask in asks:
+        assert_same(given["gpu"][ask.name], given["host"][ask.name], ask.name)
+    assert any(
+        given["off"][ask.name][0].logprobs
+        != pytest.approx(given["host"][ask.name][0].logprobs, abs=TOLERANCE)
+        for ask in asks
+    )
+
+
+def test_every_chunk_selected_answers_nearly_like_stock_vllm(
+    tiny_model: Path, stock_answers: dict[str, list[Answer]]
+) -> None:
+    """At 0.95 of the budget all but a few chunks are hot: the answer moves, but little."""
+    (ask,) = picture_asks(1)
+    with engine(tiny_model) as stock:
+        exact = stock.ask([ask])[ask.name]
+    with recalling(tiny_model, budget=0.95, policy="quest") as ours:
+        near = ours.ask([ask])[ask.name]
+        assert read_heads()[0].recalled_share == 1
+    del stock_answers
+    same = [a == b for a, b in zip(near[0].tokens, exact[0].tokens, strict=True)]
+    assert sum(same) >= len(same) * 0.8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recall_interval": 3},
+        {"landmark": "mean"},
+        {"landmark": "minmax"},
+        {"policy": "quest"},
+        {"classifier": "sparsity", "theta": 1.0},
+    ],
+    ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_options_of_recall(changes: dict[str, Any], tiny_model: Path) -> None:
+    """Each serves, recalls, and gives the same result twice, the second time with prefix hits."""
+    asks = picture_asks(2)
+    recalled = count("hybridkv_chunks_recalled_total")
+    with recalling(tiny_model, **changes) as ours:
+        first, second = ours.ask(asks), ours.ask(asks)
+        reports = read_heads()[:4]
+    assert count("hybridkv_chunks_recalled_total") > recalled
+    for ask in asks:
+        assert_same(second[ask.name], first[ask.name], ask.name)
+    if "policy" in changes or "theta" in changes:
+        assert all(report.recalled_share == 1 for report in reports)
+
+
+def test_an_interval_moves_fewer_chunks(tiny_model: Path) -> None:
+    moved = []
+    for interval in (1, 6):
+        before = count("hybridkv_chunks_recalled_total")
+        with recalling(tiny_model, recall_interval=interval) as ours:
+            ours.ask(picture_asks(1))
+        moved.append(count("hybridkv_chunks_recalled_total") - before)
+    assert 0 < moved[1] < moved[0] / 2
+
+
+def test_a_full_host_pool_prunes_counts_and_recovers(tiny_model: Path) -> None:
+    """Room for two heads' chunks: the others are pruned, nothing fails, and the next request is served alike."""
+    asks = picture_asks(2)
+    with recalling(tiny_model, host_pool_gib=STORE_BLOCK_GIB * 1.01) as ours:
+        assert host_tier(ours).num_blocks == 1
+        first = {}
+        for ask in asks:
+            before = count("hybridkv_fallbacks_total", reason="host_pool_full")
+            (report,) = heads_of(ours, [ask])
+            heads = [head for layer in report.layers for head in layer]
+            recalled = [head for head in heads if head.recalled]
+            fits = 64 // (report.prompt_tokens // 16)
+            assert len(recalled) == fits == 2
+            pruned = sum(head.type == "dynamic" for head in heads) - fits
+            assert count("hybridkv_fallbacks_total", reason="host_pool_full") - before == pruned > 0
+            first[ask.name] = ours.ask([ask])[ask.name]
+        # Both at once: whoever comes second finds nothing left. Nobody waits, nobody fails.
+        assert len(ours.ask(asks)) == 2
+        for ask in asks:
+            assert_same(ours.ask([ask])[ask.name], first[ask.name], ask.name)
+
+
+def test_where_landmarks_do_not_fit_heads_are_pruned_and_counted(tiny_model: Path) -> None:
+    (ask,) = picture_asks(1)
+    before = count("hybridkv_fallbacks_total", reason="landmarks_do_not_fit")
+    with recalling(tiny_model, budget=0.1) as ours:
+        (report,) = heads_of(ours, [ask])
+    dynamic = sum(head.type == "dynamic" for layer in report.layers for head in layer)
+    assert report.recalled_share == 0
+    assert count("hybridkv_fallbacks_total", reason="landmarks_do_not_fit") - before == dynamic > 0
+
+
+def test_random_arrivals_aborts_and_preemptions_leave_no_chunk_behind(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under async scheduling, with a host pool that is often full."""
+    schedule_asynchronously(monkeypatch)
+    dice = random.Random(11)
+    pictures = picture_asks(4)
+    settings = {"num_gpu_blocks_override": 60, "max_model_len": 560, "max_num_batched_tokens": 400}
+    with recalling(tiny_model, host_pool_gib=4.01 * STORE_BLOCK_GIB, **settings) as ours:
+        vllm_engine, tier = ours.llm.llm_engine, host_tier(ours)
+        live: dict[str, int] = {}
+        finished = aborted = arrived = 0
+        lowest = tier.num_free_blocks
+        while arrived < 24 or vllm_engine.has_unfinished_requests():
+            while arrived < 24 and dice.random() < 0.4:
+                ask = replace(dice.choice(pictures), text=f"{dice.random()} " + SCENE * dice.randrange(3))
+                sampling = ask.sampling(max_tokens=dice.randrange(1, 60))
+                vllm_engine.add_request(str(arrived), ask.prompt(), sampling)
+                live[str(arrived)] = arrived
+                arrived += 1
+            if live and dice.random() < 0.08:
+                victim = dice.choice(list(live))
+                vllm_engine.abort_request([victim])
+                del live[victim]
+                aborted += 1
+            for output in vllm_engine.step():
+                if output.finished:
+                    live.pop(output.request_id, None)
+                    finished += 1
+            lowest = min(lowest, tier.num_free_blocks)
+        assert finished + aborted == arrived
+        assert aborted > 2
+        assert ours.preemptions > 0
+        assert lowest == 0, "the pool was never full"
+
+
+def test_triton_kernels_answer_like_the_torch_kernels(tiny_model: Path) -> None:
+    """The GPU's code path, interpreted, from the offload to the gather."""
+    ask = Ask("picture", "What?", (picture(448, 448, 1),), params={"max_tokens": 4})
+    given = {}
+    for kernels in ("torch", "triton"):
+        with recalling(tiny_model, kernels=kernels) as ours:
+            given[kernels] = ours.ask([ask])[ask.name]
+            assert read_heads()[0].recalled_share > 0
+    assert_same(given["triton"], given["torch"], "triton")
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_recall_and_report_as_one(split: str, tiny_model: Path) -> None:
+    """Each rank has its own arena pages, host pool and landmarks; the report puts the heads together."""
+    (ask,) = picture_asks(1)
+    with recalling(tiny_model, policy="quest") as one:
+        one.ask([ask])
+        whole = read_heads()[0]
+    with engine(tiny_model, options={**RECALL, "policy": "quest"}, **{split: 2}) as two:
+        first, second = two.ask([ask]), two.ask([ask])
+        two.assert_empty()
+        report = read_heads()[0]
+    assert_same(second[ask.name], first[ask.name], ask.name)
+    assert [len(layer) for layer in report.layers] == [len(layer) for layer in whole.layers]
+    assert report.arena_pages == whole.arena_pages
+    assert report.recalled_share == 1
+    figures = [[head.figure for layer in r.layers for head in layer] for r in (report, whole)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+def seven_billion_shape(tiny_model: Path, out: Path) -> Path:
+    """The tiny model's folder with the KV heads of Qwen2.5-VL-7B: 28 query heads on 4 of size 128, 2 layers."""
+    shutil.copytree(tiny_model, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"] |= {
+        "hidden_size": 28 * 128,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    config["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    config["vision_config"]["out_hidden_size"] = 28 * 128
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_the_budget_counts_all_that_stays(tiny_model: Path, tmp_path: Path) -> None:
+    """T over 8192, all heads dynamic, 10%: the pool itself shows a tenth of the full cache and 2 blocks."""
+    model = seven_billion_shape(tiny_model, tmp_path / "seven-billion-shape")
+    settings = {
+        "dtype": "bfloat16",
+        "load_format": "dummy",
+        "max_model_len": 8448,
+        "max_num_batched_tokens": 2048,
+        "num_gpu_blocks_override": 600,
+    }
+    options = {"budget": 0.1, "classifier": "sparsity", "theta": 1.0}
+    tokens = 8203
+    with recalling(model, **options, **settings) as ours:
+        prompt = {"prompt_token_ids": [300 + n % 600 for n in range(tokens)]}
+        ask = Ask("long", "", params={"max_tokens": 4})
+        ours.llm.llm_engine.add_request("r", prompt, ask.sampling())
+        held = []
+        while ours.llm.llm_engine.has_unfinished_requests():
+            ours.llm.llm_engine.step()
+            request = next(iter(ours.scheduler.requests.values()), None)
+            if request is not None and request.num_computed_tokens > tokens:
+                held.append(ours.held_blocks())
+        report = read_heads()[0]
+    heads = [head for layer in report.layers for head in layer]
+    assert all(head.recalled for head in heads)
+    layout = LandmarkLayout("sketch", 128, 2, 3)
+    chunks = tokens // 16
+    arena = arena_blocks(0.1, tokens)
+    assert report.arena_pages == arena * len(heads)
+    taken = sum(head.pages for head in heads)
+    assert arena * len(heads) - taken == layout.position_pages(chunks)
+    for head in heads:
+        assert head.kept_tokens == 16 * (head.pages - layout.pages(chunks)) > 0
+    full = ceil_pages(tokens)
+    assert max(held) <= 0.1 * full + 2
+    paper = 0.1 * (1 + 0.0352 / 0.1 * (0.127 - 0.1) / 0.0352)
+    print(
+        f"pool: {max(held)} of {full} blocks, {full / max(held):.2f}x; nominal 10% in the paper holds "
+        f"{paper:.1%}: {1 / paper:.2f}x"
+    )
