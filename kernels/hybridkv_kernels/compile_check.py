@@ -27,9 +27,11 @@ from . import (
     cache_write,
     chunk_gather,
     chunk_offload,
+    chunk_score,
     chunk_select,
     compact,
     extent_decode,
+    landmark_build,
     window_scores,
 )
 from .extent_decode import plan
@@ -65,15 +67,18 @@ KERNEL_MODULES = (
     "cache_write.triton",
     "chunk_gather.triton",
     "chunk_offload.triton",
+    "chunk_score.triton",
     "chunk_select.triton",
     "compact.triton",
     "extent_decode.plan",
     "extent_decode.triton",
+    "landmark_build.triton",
     "window_scores.triton",
 )
 
-POOL_TYPED = {"query", "key", "value", "pool", "store", "out"}
+POOL_TYPED = {"cos_sin", "query", "key", "value", "pool", "store", "out"}
 FLOAT_POINTERS = {
+    "harmonics",
     "log_weight",
     "mass",
     "votes",
@@ -83,10 +88,13 @@ FLOAT_POINTERS = {
     "row_weight",
     "partial_out",
     "partial_lse",
+    "rotated",
+    "rotation",
 }
 INDEX_POINTERS = {
     "arena",
     "arena_blocks",
+    "axis",
     "blocks",
     "chunk_first",
     "dest",
@@ -95,6 +103,7 @@ INDEX_POINTERS = {
     "missing",
     "num_missing",
     "offsets",
+    "positions",
     "prompt_len",
     "row_len",
     "row_slot",
@@ -165,7 +174,7 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
     decode = extent_decode.fused.launch_options(*heads, group, head_size, dtype)
     merge = extent_decode.fused.merge_options(NUM_KV_HEADS, group, head_size)
     offload = chunk_offload.fused.launch_options(*heads, head_size, dtype.itemsize)
-    # Other kinds of landmarks differ in numbers only.
+    # To chunk_gather and chunk_select other kinds of landmarks differ in numbers only.
     layout = LandmarkLayout("sketch", head_size, dtype.itemsize)
     yield "cache_write.triton", "cache_write_kernel", cache_write.fused.launch_options(*heads, head_size)
     for has_store in (True, False):
@@ -175,6 +184,7 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
     for max_chunks in MAX_CHUNKS:
         select = chunk_select.fused.launch_options(*heads, group, max_chunks, layout)
         yield "chunk_select.triton", "chunk_select_kernel", select
+    yield from _landmark_kernels(dtype, head_size, group)
     yield "compact.triton", "compact_kernel", compact.fused.launch_options(*heads, head_size, dtype)
     yield "extent_decode.plan", "plan_kernel", plan.launch_options(*heads)
     yield "extent_decode.triton", "decode_kernel", decode
@@ -182,6 +192,28 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
     yield "window_scores.triton", "statistics_kernel", window
     yield "window_scores.triton", "reduce_kernel", window_scores.fused.reduce_options()
     yield "window_scores.triton", "column_kernel", window
+
+
+def _landmark_kernels(
+    dtype: torch.dtype, head_size: int, group: int
+) -> Iterator[tuple[str, str, LaunchOptions]]:
+    """What builds and scores landmarks: by kind, and for sketches by the model's rope."""
+    heads = (NUM_LAYERS, NUM_KV_HEADS)
+    build, score = "landmark_build.triton", "chunk_score.triton"
+    no_rope = landmark_build.fused.rope_constants(None)
+    for kind in ("mean", "minmax"):
+        layout = LandmarkLayout(kind, head_size, dtype.itemsize)
+        launch = landmark_build.fused.launch_options(*heads, layout, no_rope)
+        yield build, "landmark_kernel", launch
+        yield score, "bound_kernel", chunk_score.fused.bound_options(*heads, group, layout, dtype)
+    ropes: tuple[tuple[bool, int], ...] = ((True, 3), (False, 1))
+    for is_neox, axes in ropes:
+        rope = (("ROPE", True), ("NEOX", is_neox), ("AXES", axes), ("ROTARY", head_size))
+        layout = LandmarkLayout("sketch", head_size, dtype.itemsize, axes if axes > 1 else 0)
+        yield build, "centre_kernel", landmark_build.fused.centre_options(*heads, layout, rope)
+        yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout, rope)
+        yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout, rope)
+        yield score, "sketch_kernel", chunk_score.fused.sketch_options(*heads, group, layout, rope, dtype)
 
 
 def package_kernels() -> set[tuple[str, str]]:

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 
+FULL_PRECISION = "tf32x3"
+"""A dot of fp32 operands on the tensor cores, in three parts: nearly exact, and it needs few registers."""
+
 
 class LaunchOptions(NamedTuple):
     """The compile-time constants, warps and pipeline stages of one kernel for one shape."""

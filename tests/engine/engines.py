@@ -202,8 +202,13 @@ class Engine:
 
 
 @contextmanager
-def engine(model: Path, *, options: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[Engine]:
-    """Starts an engine; with `options` it is HybridKV's, without it stock vLLM's."""
+def engine(
+    model: Path, *, options: Mapping[str, Any] | None = None, threads: int = 1, **settings: Any
+) -> Iterator[Engine]:
+    """Starts an engine; with `options` it is HybridKV's, without it stock vLLM's.
+
+    One thread is enough for tensors this small: on a busy machine more of them only wait for each other.
+    """
     arguments: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 2048,
@@ -218,9 +223,12 @@ def engine(model: Path, *, options: Mapping[str, Any] | None = None, **settings:
         arguments["attention_backend"] = "hybridkv"
         arguments["additional_config"] = {"hybridkv": {"min_prompt_tokens": 16, **options}}
     llm = LLM(str(model), **arguments)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield Engine(llm)
     finally:
+        torch.set_num_threads(before)
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()

@@ -138,7 +138,8 @@ def recall_case(
     work = RecallWork.create(
         len(rows) + 1, heads, heads * group, layout.head_size, max(num_chunks) + 3, device
     )
-    work.log_weight.fill_(math.nan)
+    # Would be chosen, and NaN would not.
+    work.log_weight.fill_(1e30)
     for tensor in (work.num_missing, work.missing, work.freed):
         tensor.fill_(STALE)
     row_slot = index([slot for slot, _ in rows], device)

@@ -54,7 +54,7 @@ class Generation:
         return int(self.case.recall.chunk_first[slot, 0, head]) >= 0
 
     def hot(self, slot: int, head: int) -> list[int]:
-        """Chunks in the head's hot slots, found by their contents, which must be whole pages of the prompt."""
+        """Chunks in the head's hot slots, found by their contents: whole pages of the prompt."""
         case = self.case
         first, tokens = case.decode.extents[slot, 0, head].tolist()
         logical = first + torch.arange(tokens // PAGE, device=case.pool.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
 from ..landmark_build.triton import RopeConstants, rope_constants
-from ..launch import LaunchOptions, next_power_of_2, widen_dots
+from ..launch import FULL_PRECISION, LaunchOptions, next_power_of_2, widen_dots
 from ..pages import PAGE
 from ..recall.landmarks import Landmarks
 from ..recall.layout import LandmarkLayout
@@ -21,6 +21,10 @@ from ..recall.work import RecallWork
 
 # The least M of a tensor-core dot.
 GROUP_PAD = 16
+# Cosines of a tile, 16-bit or not, that a program of four warps holds without spilling.
+TILE_ANGLES = 4096
+# Chunks that one program scores, a tile after the other.
+PROGRAM_CHUNKS = 32
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -47,7 +51,7 @@ def prepare_kernel(
     GROUP_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
     PLACES: tl.constexpr,
     RESERVED: tl.constexpr,
     ROPE: tl.constexpr,
@@ -72,18 +76,24 @@ def prepare_kernel(
     inside = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     row = (item // HEADS).to(tl.int64)
     heads = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
-    q = tl.load(heads + dim[None, :], mask=inside, other=0.0).to(tl.float32) * scale_log2
     entry = (item.to(tl.int64) * GROUP + member)[:, None]
-    for start in tl.static_range(0, HEAD_PAD, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        turn = tl.load(
-            rotation + dim[:, None] * HEAD_SIZE + column[None, :],
-            mask=(dim < HEAD_SIZE)[:, None] & (column < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
-        result = tl.dot(q, turn, input_precision=PRECISION)
+    # A part of the rotation at a time: whole fp32 operands would fill the registers.
+    for start in range(0, HEAD_PAD, PART):
+        column = start + tl.arange(0, PART)
+        result = tl.zeros((GROUP_PAD, PART), tl.float32)
+        for start_inner in range(0, HEAD_PAD, PART):
+            inner = start_inner + tl.arange(0, PART)
+            mask = (member < GROUP)[:, None] & (inner < HEAD_SIZE)[None, :]
+            part = tl.load(heads + inner[None, :], mask=mask, other=0.0).to(tl.float32) * scale_log2
+            turn = tl.load(
+                rotation + inner[:, None] * HEAD_SIZE + column[None, :],
+                mask=(inner < HEAD_SIZE)[:, None] & (column < HEAD_SIZE)[None, :],
+                other=0.0,
+            )
+            result = tl.dot(part, turn, result, input_precision=PRECISION)
         mask = (member < GROUP)[:, None] & (column < HEAD_SIZE)[None, :]
         tl.store(rotated + entry * HEAD_SIZE + column[None, :], result, mask=mask)
+    q = tl.load(heads + dim[None, :], mask=inside, other=0.0).to(tl.float32) * scale_log2
 
     arena_row = arena + slot.to(tl.int64) * stride_arena
     page = arena_page(arena_row, landmark, first_chunk >= 0, LAYERS * HEADS)
@@ -152,7 +162,7 @@ def sketch_kernel(
     GROUP_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PLANE_PAD: tl.constexpr,
-    HALF_PAD: tl.constexpr,
+    PAIRS: tl.constexpr,
     PLACES: tl.constexpr,
     RESERVED: tl.constexpr,
     POSITION_PLACES: tl.constexpr,
@@ -187,7 +197,6 @@ def sketch_kernel(
     entry = (item.to(tl.int64) * GROUP + member)[:, None]
     column = tl.arange(0, PLANE_PAD)
     in_plane = in_group[:, None] & (column < PLANE)[None, :]
-    pair = tl.arange(0, HALF_PAD)
     weights = harmonics + entry * (2 * HEAD_SIZE)
     constant = tl.load(
         harmonics + (item.to(tl.int64) * GROUP + member) * (2 * HEAD_SIZE) + ROTARY, in_group, 0.0
@@ -219,24 +228,29 @@ def sketch_kernel(
             query_sum += tl.sum(part, axis=1)
         logits = scale[:, None] * (2.0 * product - query_sum[None, :]) + constant[None, :]
         if ROPE:
-            in_pair = pair < ROTARY // 2
-            both = live[:, None] & in_pair[None, :]
-            if AXES == 1:
-                position = tl.broadcast_to(token[:, None], both.shape)
-            else:
-                on_axis = tl.load(axis + pair, mask=in_pair, other=0)
-                chunk = token // PAGE
-                at_page = arena_page(arena_row, chunk // POSITION_PLACES, live, BLOCK_PAGES)
-                at = (pool + at_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.int32))
-                at += chunk % POSITION_PLACES * (AXES * PAGE) + token % PAGE
-                position = tl.load(at[:, None] + on_axis[None, :] * PAGE, mask=both, other=0)
-            angle = cos_sin + position.to(tl.int64) * ROTARY + pair[None, :]
-            wave = in_group[:, None] & in_pair[None, :]
-            cosine = tl.load(weights + pair[None, :], mask=wave, other=0.0)
-            logits += dot_wide(tl.load(angle, mask=both, other=0.0), cosine, PRECISION, WIDEN, SPLIT)
-            sine = tl.load(weights + ROTARY // 2 + pair[None, :], mask=wave, other=0.0)
-            angle += ROTARY // 2
-            logits += dot_wide(tl.load(angle, mask=both, other=0.0), sine, PRECISION, WIDEN, SPLIT)
+            for start in tl.static_range(0, ROTARY // 2, PAIRS):
+                pair = start + tl.arange(0, PAIRS)
+                in_pair = pair < ROTARY // 2
+                both = live[:, None] & in_pair[None, :]
+                if AXES == 1:
+                    position = tl.broadcast_to(token[:, None], both.shape)
+                else:
+                    on_axis = tl.load(axis + pair, mask=in_pair, other=0)
+                    chunk = token // PAGE
+                    at_page = arena_page(arena_row, chunk // POSITION_PLACES, live, BLOCK_PAGES)
+                    at = (pool + at_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.int32))
+                    at += chunk % POSITION_PLACES * (AXES * PAGE) + token % PAGE
+                    position = tl.zeros(both.shape, tl.int32)
+                    for on in tl.static_range(AXES):
+                        coordinate = tl.load(at + on * PAGE, mask=live, other=0)
+                        position = tl.where((on_axis == on)[None, :], coordinate[:, None], position)
+                angle = cos_sin + (position * ROTARY + pair[None, :])
+                wave = in_group[:, None] & in_pair[None, :]
+                cosine = tl.load(weights + pair[None, :], mask=wave, other=0.0)
+                logits += dot_wide(tl.load(angle, mask=both, other=0.0), cosine, PRECISION, WIDEN, SPLIT)
+                sine = tl.load(weights + ROTARY // 2 + pair[None, :], mask=wave, other=0.0)
+                angle += ROTARY // 2
+                logits += dot_wide(tl.load(angle, mask=both, other=0.0), sine, PRECISION, WIDEN, SPLIT)
         by_chunk = tl.reshape(logits, (TILE_CHUNKS, PAGE, GROUP_PAD))
         best = tl.max(by_chunk, axis=1)
         total = tl.sum(tl.exp2(by_chunk - best[:, None, :]), axis=1)
@@ -342,12 +356,11 @@ def prepare_options(
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         "HEAD_PAD": head_pad,
-        # A part of the rotation at a time, or fp32 operands fill the registers.
-        "COLUMNS": min(head_pad, 32),
-        "PRECISION": "ieee",
+        "PART": min(head_pad, 32),
+        "PRECISION": FULL_PRECISION,
         **dict(rope),
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=1)
+    return LaunchOptions(constexprs, num_warps=2, num_stages=1)
 
 
 @functools.cache
@@ -361,21 +374,24 @@ def sketch_options(
 ) -> LaunchOptions:
     """How `sketch_kernel` is compiled for a model's shape."""
     full = dtype == torch.float32
+    # The pairs of larger heads in parts: operands of a dot fill the registers.
+    pairs = min(max(next_power_of_2(layout.head_size // 2), 16), 64)
+    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8)
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         "PLANE_PAD": max(next_power_of_2(layout.head_size // 8), 16),
-        "HALF_PAD": max(next_power_of_2(layout.head_size // 2), 16),
+        "PAIRS": pairs,
         "POSITION_PLACES": layout.position_places,
         "DATA_BYTES": layout.data_bytes,
         "SCALE_OFFSET": layout.scale_offset,
-        "TILE_CHUNKS": 4 if full else 8,
-        "TILES": 8 if full else 4,
-        "PRECISION": "ieee" if full else "tf32",
+        "TILE_CHUNKS": tile_chunks,
+        "TILES": PROGRAM_CHUNKS // tile_chunks,
+        "PRECISION": FULL_PRECISION if full else "tf32",
         "WIDEN": widen_dots(dtype),
         "SPLIT": not full,
         **dict(rope),
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=2)
+    return LaunchOptions(constexprs, num_warps=4 if layout.head_size <= 128 else 8, num_stages=2)
 
 
 @functools.cache
@@ -390,7 +406,7 @@ def bound_options(
         "HEAD_PAD": next_power_of_2(layout.head_size),
         "DATA_ELEMENTS": layout.data_bytes // layout.itemsize,
         "TILE_CHUNKS": 16 if full else 64,
-        "PRECISION": "ieee" if full else "tf32",
+        "PRECISION": "tf32",
         "WIDEN": widen_dots(dtype),
     }
     return LaunchOptions(constexprs, num_warps=4, num_stages=1)

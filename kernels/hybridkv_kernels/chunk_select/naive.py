@@ -57,8 +57,9 @@ def _choose(log_weight: Tensor, count: Tensor, pin_first: int, pin_recent: int) 
     best = torch.where(best == -math.inf, 0.0, best)
     # At least 1, the best chunk's own, unless no chunk has a weight.
     total = (weight - best).exp2().sum(dim=-1, keepdim=True).clamp(min=1.0)
-    share = (weight - (best + total.log2())).amax(dim=1).clamp(max=0.0)
+    share = (weight - (best + total.log2())).amax(dim=1)
     chunks = share.shape[1]
+    # No share is above 0.
     share[:, :pin_first] = 1.0
     share[:, max(chunks - pin_recent, 0) :] = 1.0
     rank = share.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -72,7 +72,8 @@ def chunk_select_kernel(
         total = tl.maximum(tl.sum(tl.exp2(weight - best), axis=0), 1.0)
         share = tl.maximum(share, weight - (best + tl.log2(total)))
 
-    # The bits of non-negative floats order like the floats. One above them all is for pinned chunks.
+    # The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
+    # No share is above 0, except where log2, an approximation, makes it so.
     key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
     key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
     key = tl.where(valid, key, -1)

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,8 +34,11 @@ def token_angles(
         position = tl.broadcast_to(token[:, None], mask.shape)
     else:
         on_axis = tl.load(axis + frequency, mask=frequency < ROTARY // 2, other=0)
-        position = tl.load(positions + on_axis[None, :] * tokens + token[:, None], mask=mask, other=0)
-    entry = cos_sin + position.to(tl.int64) * ROTARY + frequency[None, :]
+        position = tl.zeros(mask.shape, tl.int32)
+        for on in tl.static_range(AXES):
+            coordinate = tl.load(positions + on * tokens + token, mask=token < tokens, other=0)
+            position = tl.where((on_axis == on)[None, :], coordinate[:, None], position)
+    entry = cos_sin + (position * ROTARY + frequency[None, :])
     cos = tl.load(entry, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(entry + ROTARY // 2, mask=mask, other=0.0).to(tl.float32)
     return cos, sin
@@ -254,7 +256,6 @@ def launch_options(
     num_kv_heads: int,
     layout: LandmarkLayout,
     rope: RopeConstants,
-    dtype: torch.dtype,
 ) -> LaunchOptions:
     """How `landmark_kernel` is compiled for a model's shape."""
     head_pad = next_power_of_2(layout.head_size)
@@ -271,9 +272,10 @@ def launch_options(
         "SCALE_OFFSET": layout.scale_offset,
         "SLOT_OFFSET": layout.slot_offset,
         "LARGEST_SCALE": FP16_MAX,
-        # 32 KiB of rests in fp32, at most.
-        "TILE_CHUNKS": max(min(8192 // (head_pad * PAGE), 8), 1),
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        # 16 KiB of rests in fp32, at most: they and the angles are in registers.
+        "TILE_CHUNKS": max(min(4096 // (head_pad * PAGE), 4), 1),
+        # The sign of a product near zero does not matter.
+        "PRECISION": "tf32",
         **dict(rope),
     }
     return LaunchOptions(constexprs, num_warps=8, num_stages=1)
@@ -312,7 +314,7 @@ def landmark_build(
             tokens,
             **centre_options(layers, heads, layout, rope).kwargs(),
         )
-    options = launch_options(layers, heads, layout, rope, pool.dtype)
+    options = launch_options(layers, heads, layout, rope)
     landmark_kernel[(triton.cdiv(chunks, options.constexprs["TILE_CHUNKS"]), layers * heads)](
         pool,
         source_blocks,
