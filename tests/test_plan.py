@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_vllm.plan import arena_blocks, make_plan, observation_window
+from hybridkv_vllm.plan import Tier, arena_blocks, make_plan, observation_window
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,23 @@ def test_arena_is_the_rounded_up_share(budget: Fraction, num_tokens: int) -> Non
     longest_window=st.integers(2, 64),
     outputs=st.integers(0, 40),
     steps=st.lists(st.integers(1, 200), min_size=1, max_size=50),
+    tier=st.sampled_from(["off", "host", "gpu"]),
 )
 def test_chunks_keep_the_window_whole_and_stop_at_the_prompts_end(
-    num_tokens: int, longest_window: int, outputs: int, steps: list[int]
+    num_tokens: int, longest_window: int, outputs: int, steps: list[int], tier: Tier
 ) -> None:
-    """Whatever a step has room for: the last prompt chunk holds the window and ends exactly at T."""
-    plan = make_plan(num_tokens, (), 0.25, longest_window)
+    """Whatever a step has room for: the last prompt chunk holds the window and ends exactly at T.
+
+    Generated tokens come back one at a time where heads recall.
+    """
+    plan = make_plan(num_tokens, (), 0.25, longest_window, tier)
     position, total = 0, num_tokens + outputs
     boundaries = []
     # A step with room for the window comes sooner or later: the server checks that at its start.
-    for room in [*steps, *[max(64, room) for room in steps], *[64] * 40]:
+    for room in [*steps, *[max(64, room) for room in steps], *[64] * 80]:
         length = plan.clip_chunk(position, min(room, total - position))
         assert 0 <= length <= room
+        assert length <= 1 or position < num_tokens or not plan.recalls
         position += length
         boundaries.append(position)
         if position == total:
@@ -59,3 +64,12 @@ def test_chunks_keep_the_window_whole_and_stop_at_the_prompts_end(
     assert num_tokens in boundaries
     last_start = max([0, *[b for b in boundaries if b < num_tokens]])
     assert num_tokens - last_start >= max(plan.window, 2)
+
+
+@given(num_tokens=st.integers(16, 600), budget=st.sampled_from([0.1, 0.5, 0.97, 1.0]))
+def test_an_arena_that_holds_everything_leaves_nothing_to_recall(num_tokens: int, budget: float) -> None:
+    plan = make_plan(num_tokens, (), budget, 64, "gpu")
+    assert plan.recalls == plan.keeps_prompt_blocks == (plan.arena_size < num_tokens // 16)
+    host = make_plan(num_tokens, (), budget, 64, "host")
+    assert host.recalls == plan.recalls
+    assert not host.keeps_prompt_blocks

@@ -22,7 +22,13 @@ run kernels tests/kernels -m "not slow"
 run policies tests/policies
 if python3 -c 'import vllm' 2>/dev/null; then
   # vLLM schedules asynchronously on a GPU; counting concurrency needs stock vLLM's CPU block size.
-  run engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py \
-    -k "not [sync] and not at_once"
+  run engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py tests/engine/test_recall.py \
+    -k "not [sync] and not at_once and not two_ranks"
+  run host_tier tests/worker
+  # The link to the host: gather and offload against pinned copies, and how much of an offload is hidden.
+  echo "== benchmarks/host_tier.py"
+  python3 benchmarks/host_tier.py 2>&1 | tee "$OUT/host_tier_benchmark.log" | tail -n 20
+  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+  cp benchmarks/results/host_tier.json "$OUT/" 2>/dev/null
 fi
 exit $status

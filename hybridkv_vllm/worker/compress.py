@@ -158,17 +158,18 @@ class CompressionLog:
         self._recall = recall
         self._on_gpu = device.type == "cuda"
         self._pending: deque[tuple[torch.cuda.Event | None, Tensor, Compression]] = deque()
-        self._counting: tuple[torch.cuda.Event | None, Tensor] | None = None
+        self._counters = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._counters_here: torch.cuda.Event | None = None
         self._counted = (0, 0)
 
-    def _to_host(self, figures: Tensor) -> tuple[torch.cuda.Event | None, Tensor]:
-        """Starts a copy; the event tells when it is done."""
+    def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
+        """Starts a copy to the host; the event, which a CPU does without, tells when it is done."""
+        target.copy_(source, non_blocking=True)
         if not self._on_gpu:
-            return None, figures.clone()
-        copied = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
+            return None
         event = torch.cuda.Event()
         event.record()
-        return event, copied
+        return event
 
     def record(self, compression: Compression) -> None:
         """Starts the copy of what a compression decided for each head."""
@@ -185,7 +186,8 @@ class CompressionLog:
                 )
             ]
         )
-        self._pending.append((*self._to_host(figures), compression))
+        copied = torch.empty_like(figures, device="cpu", pin_memory=self._on_gpu)
+        self._pending.append((self._copy(figures, copied), copied, compression))
 
     def collect(self) -> None:
         """Counts what has arrived; called between steps."""
@@ -220,14 +222,14 @@ class CompressionLog:
         )
 
     def _count_chunks(self, recall: RecallState) -> None:
-        """One copy of the device's counters is under way at a time."""
-        if self._counting is not None and _is_here(self._counting[0]):
-            hit, recalled = (int(count) for count in self._counting[1])
+        """One copy of the device's counters is under way at a time; what it brings is counted a step later."""
+        if not _is_here(self._counters_here):
+            return
+        hit, recalled = self._counters.tolist()
+        if (hit, recalled) != self._counted:
             self._metrics.chunks(hit - self._counted[0], recalled - self._counted[1])
             self._counted = (hit, recalled)
-            self._counting = None
-        if self._counting is None:
-            self._counting = self._to_host(recall.work.counters)
+        self._counters_here = self._copy(recall.work.counters, self._counters)
 
 
 def _is_here(event: torch.cuda.Event | None) -> bool:

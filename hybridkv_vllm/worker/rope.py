@@ -33,15 +33,23 @@ def find_rope(model: nn.Module, num_axes: int) -> Rope | None:
         if isinstance(module, Attention) and isinstance(module.impl, HybridKVImpl)
         for rope in (getattr(modules[name.rpartition(".")[0]], "rotary_emb", None),)
     }
-    found = next(iter(ropes.values())) if len(ropes) == 1 else None
-    axis = _axes(found, num_axes) if isinstance(found, RotaryEmbeddingBase) else None
-    if axis is None or not isinstance(found, RotaryEmbeddingBase):
+    rope = rope_of(next(iter(ropes.values())), num_axes) if len(ropes) == 1 else None
+    if rope is None:
         logger.info_once(
-            "hybridkv: this model's rotary embedding is not known; sketches are not centred by it"
+            "hybridkv: the model's rotary embedding is not known; sketches are not centred by it"
         )
+    return rope
+
+
+def rope_of(module: object, num_axes: int) -> Rope | None:
+    """One rotary embedding of vLLM's as a `Rope`; None for what is none, or of a kind not known."""
+    if not isinstance(module, RotaryEmbeddingBase):
         return None
-    table = found.cos_sin_cache
-    return Rope(table.contiguous(), axis.to(table.device, torch.int32), num_axes, found.is_neox_style)
+    axis = _axes(module, num_axes)
+    if axis is None:
+        return None
+    table = module.cos_sin_cache
+    return Rope(table.contiguous(), axis.to(table.device, torch.int32), num_axes, module.is_neox_style)
 
 
 def _axes(rope: RotaryEmbeddingBase, num_axes: int) -> torch.Tensor | None:

@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 from engines import Answer, crowd, engine, lifecycle_asks
 
+from hybridkv_vllm.observe.metrics import prepare_directory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _counters() -> None:
+    """Tests read counters before their first engine has made a place for them."""
+    prepare_directory()
+
 
 @pytest.fixture(scope="session")
 def stock_answers(tiny_model: Path) -> dict[str, list[Answer]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import (
     SCENE,
     TOLERANCE,
@@ -25,6 +26,7 @@ from engines import (
     video,
 )
 from hybridkv_kernels.recall.layout import LandmarkLayout
+from hybridkv_kernels.recall.reading import positions_of
 
 from hybridkv_vllm.observe.heads import RequestHeads, read_heads
 from hybridkv_vllm.observe.metrics import read_samples
@@ -67,6 +69,23 @@ def heads_of(ours: Engine, asks: Sequence[Ask]) -> list[RequestHeads]:
 def host_tier(ours: Engine) -> HostTier:
     """The worker's own host tier."""
     return ours.core.model_executor.driver_worker.worker.model_runner.model_state._host_tier
+
+
+def check_positions(ours: Engine, tokens: int) -> None:
+    """The arena holds the M-RoPE positions of a prompt of text, one picture and text, which sketches need."""
+    state = ours.core.model_executor.driver_worker.worker.model_runner.model_state
+    tables, (slot,) = state._tables, state._slots.values()
+    assert tables.recall.landmarks.rope.num_axes == 3
+    time, height, width = positions_of(
+        slot, tokens // 16, tables.pool, tables.decode, tables.recall.landmarks.layout
+    )
+    in_picture = (time != height) | (time != width)
+    first, last = in_picture.nonzero()[0], in_picture.nonzero()[-1]
+    assert torch.equal(time[:first], torch.arange(int(first), dtype=torch.int32))
+    rows, columns = height[first : last + 1].unique(), width[first : last + 1].unique()
+    # One position for each 28 x 28 pixels of 504 x 448.
+    assert len(rows) * len(columns) == (504 // 28) * (448 // 28)
+    assert torch.equal(time[last + 1 :], time[last + 1] + torch.arange(len(time) - int(last) - 1))
 
 
 @contextmanager
@@ -152,6 +171,8 @@ def test_a_request_holds_its_arena_and_its_tail(
             if request.num_computed_tokens - request.num_in_flight_tokens < tokens:
                 continue
             seen_after += 1
+            if seen_after == 3:
+                check_positions(ours, tokens)
             blocks = ceil_pages(request.num_computed_tokens) - (tokens // 16 if tier == "host" else 0)
             assert ours.held_blocks() == arena_blocks(RECALL["budget"], tokens) + blocks
             if tier == "host" and seen_after > 2:

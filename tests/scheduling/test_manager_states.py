@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, ceil_pages, make_plan
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Tier, ceil_pages, make_plan
 from hybridkv_vllm.plugin import register
 from hybridkv_vllm.scheduling.manager import HybridKVManager
 from hybridkv_vllm.scheduling.spec import HybridKVSpec
@@ -75,8 +75,9 @@ class ManagerMachine(RuleBasedStateMachine):
         length=st.integers(1, 200),
         family=st.integers(0, 2),
         budget=st.sampled_from([None, 0.1, 0.25, 1.0]),
+        tier=st.sampled_from(["off", "host", "gpu"]),
     )
-    def arrive(self, length: int, family: int, budget: float | None) -> None:
+    def arrive(self, length: int, family: int, budget: float | None, tier: Tier) -> None:
         """Prompts of one family share their prefix, so prefix hits occur."""
         self.count += 1
         request = Request(
@@ -88,7 +89,7 @@ class ManagerMachine(RuleBasedStateMachine):
         )
         plan = None
         if budget is not None and length >= PAGE_TOKENS:
-            plan = make_plan(length, (), budget, longest_window=24)
+            plan = make_plan(length, (), budget, 24, tier)
             self.ours.add_plan(request.request_id, plan)
         self.lives[request.request_id] = Life(request, plan)
 
@@ -200,7 +201,10 @@ class ManagerMachine(RuleBasedStateMachine):
             assert (request_id in self.ours.arenas) == reached
             released = life.processed >= plan.num_tokens and reached
             held = sum(not block.is_null for block in blocks)
-            if released and life.in_flight == 0:
+            if plan.keeps_prompt_blocks:
+                # Chunks are recalled from them to the request's end.
+                assert held == len(blocks) >= ceil_pages(life.request.num_computed_tokens)
+            elif released and life.in_flight == 0:
                 tail = ceil_pages(life.request.num_computed_tokens) - plan.num_full_blocks
                 assert held == tail
             elif reached and life.processed < plan.num_tokens:
