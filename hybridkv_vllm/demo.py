@@ -14,7 +14,8 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from hybridkv_vllm.observe.api import Stats
+from hybridkv_vllm.observe.api import HeadsResponse, Stats
+from hybridkv_vllm.observe.heads import RequestHeads
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture, write_tiny_model
@@ -78,18 +79,22 @@ def ask(console: Console, server: Server) -> int:
     return prompt_tokens
 
 
-def saved_table(prompt_tokens: int, stats: Stats) -> Table:
-    """What the one compressed request kept and gave back."""
+def saved_table(prompt_tokens: int, stats: Stats, heads: RequestHeads) -> Table:
+    """What the one compressed request kept, gave back and fetched again."""
     before = ceil_pages(prompt_tokens)
     table = Table(title=f"One request at budget {BUDGET:.0%}", show_header=False)
     table.add_row("prompt tokens", str(prompt_tokens))
-    table.add_row("kept tokens per KV head (mean)", f"{stats.kept_tokens:.1f}")
     table.add_row("blocks the prompt took", str(before))
     table.add_row("blocks given back", str(stats.blocks_freed))
     arena = arena_blocks(BUDGET, prompt_tokens)
     table.add_row("blocks held while decoding", f"{before - stats.blocks_freed + arena} + generated tokens")
+    table.add_row("kept tokens per KV head (mean)", f"{stats.kept_tokens:.1f}")
+    recalling = sum(head.recalled for layer in heads.layers for head in layer)
     table.add_row("static heads", str(stats.heads.get("static", 0)))
-    table.add_row("dynamic heads", str(stats.heads.get("dynamic", 0)))
+    table.add_row("dynamic heads", f"{stats.heads.get('dynamic', 0)}, of which {recalling} recall chunks")
+    table.add_row("chunks fetched from host memory", str(stats.chunks_recalled))
+    already = f"{stats.chunks_hit} ({stats.hit_rate:.0%})" if stats.hit_rate is not None else "none"
+    table.add_row("chunks that were on the GPU already", already)
     return table
 
 
@@ -108,13 +113,18 @@ def main() -> int:
             console.print("[dim]random weights answer with noise; the memory is real[/]\n")
             prompt_tokens = ask(console, server)
             stats = Stats.model_validate(server.get("/hybridkv/stats").json())
+            heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
     except ServerFailed as error:
         console.print(f"[bold red]{error}[/]", highlight=False)
         return 1
-    if not stats.requests_compressed:
+    if not stats.requests_compressed or not heads:
         console.print(f"[bold red]nothing was compressed[/]; see {folder / 'server.log'}")
         return 1
-    console.print(saved_table(prompt_tokens, stats))
+    console.print(saved_table(prompt_tokens, stats, heads[0]))
+    console.print(
+        "[dim]Static heads are pruned for good. Dynamic heads keep all of the prompt in host memory and "
+        "fetch the chunks of 16 tokens that a step needs.[/]"
+    )
     return 0
 
 

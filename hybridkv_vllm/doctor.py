@@ -90,6 +90,14 @@ def _device() -> Finding:
     return Finding("device", "note", "CPU", "fine for trying and testing; for speed use an NVIDIA GPU")
 
 
+def _host_memory() -> Finding:
+    from hybridkv_vllm.worker.host_tier import GIB, host_pool_bytes
+
+    # With a KV cache beyond all bounds the default is this node's share alone.
+    share = host_pool_bytes(None, sys.maxsize, 1.0, 1) / GIB
+    return Finding("host memory", "ok", f"{share:.1f} GiB by default for dynamic heads, all ranks together")
+
+
 def _harness() -> Finding:
     import torch
 
@@ -140,7 +148,7 @@ def _plugin() -> Finding:
 def _endpoints() -> Finding:
     allowed = (os.environ.get("VLLM_PLUGINS") or "").split(",")
     if ENDPOINT_PLUGIN in allowed:
-        return Finding("http routes", "ok", "GET /hybridkv/stats")
+        return Finding("http routes", "ok", "GET /hybridkv/stats, GET /hybridkv/heads")
     return Finding(
         "http routes", "note", "off", f"to have them, start with VLLM_PLUGINS={PLUGIN},{ENDPOINT_PLUGIN}"
     )
@@ -152,6 +160,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _vllm,
     _triton,
     _device,
+    _host_memory,
     _harness,
     _runner,
     _plugin,

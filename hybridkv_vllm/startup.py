@@ -57,6 +57,7 @@ def configure(vllm_config: VllmConfig) -> None:
         raise HybridKVConfigError(f"{problem}; serve this model with another --attention-backend")
     for problem in _server_problems(vllm_config, options):
         raise HybridKVConfigError(problem)
+    _check_host_pool(vllm_config, options)
     if not vllm_config.cache_config.user_specified_block_size:
         vllm_config.cache_config.block_size = PAGE_TOKENS
     scheduler = vllm_config.scheduler_config
@@ -84,6 +85,22 @@ def _log_options(options: ServerOptions) -> None:
     idle = sorted(options.model_fields_set & FOR_RECALL)
     if idle and options.recall_tier == "off":
         logger.warning_once("hybridkv: where no head recalls chunks these do nothing: %s", ", ".join(idle))
+
+
+def _check_host_pool(vllm_config: VllmConfig, options: ServerOptions) -> None:
+    """Refuses a host pool that this machine cannot hold before the engine starts.
+
+    A worker checks its own machine too, but its line would drown in the tracebacks of three processes.
+
+    Raises:
+        HybridKVConfigError: see `host_pool_bytes`.
+    """
+    if options.recall_tier != "host" or options.host_pool_gib is None:
+        return
+    from hybridkv_vllm.worker.host_tier import host_pool_bytes, local_ranks
+
+    ranks = local_ranks(vllm_config.parallel_config)
+    host_pool_bytes(options.host_pool_gib, 0, options.budget_share, ranks)
 
 
 def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:

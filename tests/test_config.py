@@ -19,9 +19,11 @@ def test_the_names_and_defaults_that_users_were_promised() -> None:
         "theta": 0.9,
         "dynamic_share": 0.4,
         "landmark": "sketch",
-        "dynamic_tier": "off",
+        "dynamic_tier": "host",
         "host_pool_gib": None,
         "recall_interval": 1,
+        "pin_first_chunks": 0,
+        "pin_recent_chunks": 0,
         "window": 64,
         "min_prompt_tokens": 1024,
         "kernels": "auto",
@@ -46,9 +48,13 @@ def test_the_names_and_defaults_that_users_were_promised() -> None:
         ("kernels", "cuda"),
         ("classifier", "guess"),
         ("policy", "nobody"),
-        ("dynamic_tier", "host"),
+        ("dynamic_tier", "disk"),
         ("landmark", "none"),
         ("host_pool_gib", 0),
+        ("host_pool_gib", math.inf),
+        ("pin_first_chunks", -1),
+        ("pin_recent_chunks", -1),
+        ("pin_recent_chunks", 0.5),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_that_names_it(name: str, value: Any) -> None:
@@ -78,6 +84,21 @@ def test_text_from_the_command_line_is_understood() -> None:
 def test_full_keeps_everything_whatever_budget_is_asked() -> None:
     assert parse_server_options({"policy": "full", "budget": 0.1}).budget_share == 1.0
     assert parse_server_options({"policy": "snapkv", "budget": 0.1}).budget_share == 0.1
+
+
+@pytest.mark.parametrize("tier", ["host", "gpu", "off"])
+@pytest.mark.parametrize(
+    ("policy", "recalls"), [("hybridkv", True), ("quest", True), ("snapkv", False), ("full", False)]
+)
+def test_only_policies_whose_heads_recall_need_a_tier(policy: str, recalls: bool, tier: str) -> None:
+    options = parse_server_options({"policy": policy, "dynamic_tier": tier})
+    assert options.recall_tier == (tier if recalls else "off")
+
+
+@pytest.mark.parametrize("landmark", ["sketch", "mean", "minmax"])
+def test_the_landmark_is_the_options_unless_the_method_defines_it(landmark: str) -> None:
+    assert parse_server_options({"landmark": landmark}).landmark_kind == landmark
+    assert parse_server_options({"policy": "quest", "landmark": landmark}).landmark_kind == "minmax"
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "abc", "nan", math.inf, [0.1]])

@@ -19,6 +19,7 @@ SUBJECTS = [
     "vllm",
     "triton",
     "device",
+    "host memory",
     "cpu harness",
     "model runner",
     "plugin",
@@ -64,7 +65,14 @@ def test_json_is_json_and_the_routes_are_seen() -> None:
     assert done.returncode == EXIT_OK
     assert not problems(done)
     routes = json.loads(done.stdout)[-1]
-    assert (routes["status"], routes["found"]) == ("ok", "GET /hybridkv/stats")
+    assert (routes["status"], routes["found"]) == ("ok", "GET /hybridkv/stats, GET /hybridkv/heads")
+
+
+def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridkv_vllm.worker.host_tier._node_memory", lambda: 50 * 2**30)
+    finding = doctor._host_memory()
+    assert finding.status == "ok"
+    assert finding.found.startswith("12.5 GiB by default")
 
 
 @pytest.mark.parametrize(

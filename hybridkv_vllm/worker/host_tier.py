@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from hybridkv_kernels.recall.tables import STORE_BLOCK
 from torch import Tensor
+from vllm.config import ParallelConfig
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
@@ -45,7 +46,8 @@ class HostTier:
     """Store pages on the host, reserved by request slot in blocks of 64.
 
     A block may get its next owner while the device has yet to run the last owner's reads: all device work on
-    the store is queued on one stream, so the next owner's writes come after them.
+    the store is in one order (copies to it wait for the main stream, which then waits for them), so the next
+    owner's writes come after them.
 
     Attributes:
         store: `[num_blocks * 64, 16, 2 * D]` in the pool's dtype, as the device sees it: a view of pinned
@@ -164,11 +166,16 @@ def host_pool_bytes(options_gib: float | None, kv_bytes: int, budget: float, loc
     num_bytes = int(options_gib * GIB)
     if num_bytes * local_ranks > memory:
         raise HybridKVConfigError(
-            f"a host pool of {options_gib:g} GiB for each of {local_ranks} ranks is more than the "
+            f"a host pool of {options_gib:.9g} GiB for each of {local_ranks} ranks is more than the "
             f"{memory / GIB:.1f} GiB of this machine or container; "
             f"give a smaller {POOL_OPTION}, or {OTHER_TIERS}"
         )
     return num_bytes
+
+
+def local_ranks(parallel: ParallelConfig) -> int:
+    """Ranks on this node, of all its replicas."""
+    return int(parallel.local_world_size * max(parallel.data_parallel_size_local, 1))
 
 
 def _blocks_of(num_pages: int) -> int:

@@ -10,6 +10,7 @@ from hybridkv_kernels.recall.landmarks import Landmarks
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -23,13 +24,17 @@ from hybridkv_vllm.observe.heads import heads_report
 from hybridkv_vllm.observe.metrics import worker_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
-from hybridkv_vllm.worker.host_tier import HostTier, host_pool_bytes
+from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks
 from hybridkv_vllm.worker.recall import RecallState
 from hybridkv_vllm.worker.rope import find_rope
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
 
 # Long enough for a few tiles of every kernel.
 MIN_WARM_UP_TOKENS = 256
+WARM_UP_BUDGET = 0.6
+
+# vLLM configures loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class HybridKVModelState(DefaultModelState):
@@ -107,18 +112,16 @@ class HybridKVModelState(DefaultModelState):
         rope = find_rope(self.model, self.rope_state.num_dims if self.rope_state is not None else 1)
         landmarks = Landmarks.create(options.landmark_kind, shape.head_size, pool.dtype, self.device, rope)
         if options.recall_tier == "host":
-            parallel = self.vllm_config.parallel_config
-            num_bytes = host_pool_bytes(
-                options.host_pool_gib,
-                pool.nbytes,
-                options.budget_share,
-                parallel.local_world_size * max(parallel.data_parallel_size_local, 1),
-            )
+            ranks = local_ranks(self.vllm_config.parallel_config)
+            num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
             # vLLM binds a small cache for its memory profiling first, and pinning takes seconds.
             if self._host_tier is None or self._host_tier_bytes != num_bytes:
                 self._host_tier = None
                 self._host_tier = HostTier.create(num_bytes, shape.head_size, pool.dtype, self.device)
                 self._host_tier_bytes = num_bytes
+                logger.info(
+                    "hybridkv: host pool of %.2f GiB for the chunks of dynamic heads", num_bytes / GIB
+                )
         return RecallState.create(
             shape,
             options,
@@ -141,9 +144,16 @@ class HybridKVModelState(DefaultModelState):
         num_tokens = min(max(options.window, MIN_WARM_UP_TOKENS), self.vllm_config.model_config.max_model_len)
         if num_tokens < PAGE_TOKENS:
             return
-        plan = make_plan(num_tokens, (), options.budget_share, options.window, options.recall_tier)
+        # With room for landmarks, so that heads recall: a small budget of so short a prompt has none.
+        budget = (
+            max(options.budget_share, WARM_UP_BUDGET)
+            if options.recall_tier != "off"
+            else options.budget_share
+        )
+        plan = make_plan(num_tokens, (), budget, options.window, options.recall_tier)
         tables.grants[slot] = grant = ArenaGrant("warm-up", plan, (0,) * plan.arena_size)
-        tables.pool[: shape.num_layers * shape.num_kv_heads].zero_()
+        null_block = tables.pool[: shape.num_layers * shape.num_kv_heads]
+        null_block.zero_()
         query = torch.zeros(
             num_tokens, shape.num_query_heads, shape.head_size, dtype=tables.pool.dtype, device=self.device
         )
@@ -151,6 +161,8 @@ class HybridKVModelState(DefaultModelState):
         for layer in range(shape.num_layers):
             end.score(query, layer, impl.scale)
         end.compress()
+        # Landmarks are bytes that may look like NaN.
+        null_block.zero_()
         tables.reset(slot)
 
     def accept_grants(self, grants: Sequence[ArenaGrant]) -> None:
@@ -171,7 +183,7 @@ class HybridKVModelState(DefaultModelState):
         if slot is not None and self._tables is not None and self._log is not None:
             self._tables.reset(slot)
             # The last request's figures must not wait for a next one.
-            self._log.collect()
+            self._log.collect(idle=not self._slots)
 
     def preprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """vLLM calls this for real batches only, just before `prepare_attn`."""

@@ -7,23 +7,28 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import httpx
 import numpy as np
 import pytest
+from hybridkv_kernels.recall.layout import LandmarkLayout
+from hybridkv_kernels.recall.tables import STORE_BLOCK
 from openai import BadRequestError, OpenAI
-from openai.types.chat import ChatCompletion
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
 from hybridkv_vllm.demo import picture_url
-from hybridkv_vllm.observe.api import Stats
+from hybridkv_vllm.observe.api import HeadsResponse, Stats
+from hybridkv_vllm.observe.heads import Head, RequestHeads
 from hybridkv_vllm.observe.metrics import METRICS, engine_metrics, prepare_directory
 from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, make_plan
+from hybridkv_vllm.policies import least_recall_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture
 
@@ -35,7 +40,11 @@ MIN_PROMPT_TOKENS = 64
 MAX_MODEL_LEN = 1024
 # A prompt of this length and its arena fit; at budget 1.0 they do not (see the fallback test).
 NUM_BLOCKS = 88
-NUM_HEADS = 4 * 2  # The tiny model's layers times its KV heads.
+LAYERS, KV_HEADS, HEAD_SIZE = 4, 2, 64  # The tiny model's.
+NUM_HEADS = LAYERS * KV_HEADS
+THETA = 0.9
+# Landmarks of the default kind in fp32, with the model's three position axes.
+LANDMARKS = LandmarkLayout("sketch", HEAD_SIZE, 4, 3)
 ARGUMENTS = (
     "--attention-backend",
     "hybridkv",
@@ -104,30 +113,162 @@ class Counters:
         return {name: change for name, change in changes.items() if change}
 
 
-def expected_counts(prompts: list[int], budgets: list[float]) -> dict[str, float]:
-    """What compressing these prompts adds to the counters, from their lengths alone."""
+class Served(NamedTuple):
+    """One compressed request as its client knows it.
+
+    Attributes:
+        answer_id: of the response; the server's own id of the request contains it.
+        prompt_tokens: from the response's usage.
+        decodes: steps after the one that ended the prefill; None where the client does not know.
+        budget: the request's, or the server's.
+    """
+
+    answer_id: str
+    prompt_tokens: int
+    decodes: int | None
+    budget: float
+
+
+def served(
+    answer: ChatCompletion | ChatCompletionChunk | Completion, budget: float = BUDGET, choices: int = 1
+) -> list[Served]:
+    """The compressions behind an answer that ended at `max_tokens`: one a choice."""
+    assert answer.usage is not None
+    tokens = answer.usage.completion_tokens
+    assert tokens % choices == 0
+    # The step that ends the prefill yields the first token.
+    return [Served(answer.id, answer.usage.prompt_tokens, tokens // choices - 1, budget)] * choices
+
+
+class Arena(NamedTuple):
+    """What an arena must hold, from the prompt's length and the budget alone.
+
+    Attributes:
+        pages: all of them.
+        keeps_all: whether every head keeps everything.
+        recalls: whether dynamic heads can recall.
+        positions: pages of the tokens' positions.
+        landmarks: pages of one recalling head's landmarks.
+    """
+
+    pages: int
+    keeps_all: bool
+    recalls: bool
+    positions: int
+    landmarks: int
+
+    @classmethod
+    def of(cls, tokens: int, budget: float) -> Arena:
+        chunks, blocks = tokens // PAGE_TOKENS, arena_blocks(budget, tokens)
+        positions, landmarks = LANDMARKS.position_pages(chunks), LANDMARKS.pages(chunks)
+        keeps_all = blocks >= chunks
+        share = blocks - math.ceil(positions / NUM_HEADS)
+        recalls = not keeps_all and least_recall_pages(share, chunks, landmarks) is not None
+        return cls(
+            blocks * NUM_HEADS, keeps_all, recalls, positions if recalls else 0, landmarks if recalls else 0
+        )
+
+
+def kept_tokens(tokens: int, budget: float, num_dynamic: int) -> float:
+    """Tokens kept, mean per head: every page is full, and the partial block is in the tail."""
+    arena, in_tail = Arena.of(tokens, budget), tokens % PAGE_TOKENS
+    if arena.keeps_all:
+        return tokens
+    pages = arena.pages - arena.positions - num_dynamic * arena.landmarks
+    return PAGE_TOKENS * pages / NUM_HEADS + in_tail
+
+
+def expected_counts(requests: Sequence[Served], num_dynamic: Sequence[int]) -> dict[str, float]:
+    """What compressing these prompts adds to the counters, but for the chunks.
+
+    From their lengths, budgets and numbers of dynamic heads alone.
+    """
+    pruned = [
+        dynamic
+        for request, dynamic in zip(requests, num_dynamic, strict=True)
+        for arena in (Arena.of(request.prompt_tokens, request.budget),)
+        if not arena.recalls and not arena.keeps_all
+    ]
     counts = {
-        "hybridkv_requests_compressed_total": len(prompts),
-        "hybridkv_prompt_tokens_total": sum(prompts),
-        "hybridkv_blocks_freed_total": sum(tokens // PAGE_TOKENS for tokens in prompts),
-        "hybridkv_kept_tokens_total": sum(kept_tokens(*pair) for pair in zip(prompts, budgets, strict=True)),
-        # Classified heads, whatever their type; `assert_counted` adds up the types.
-        "hybridkv_heads": len(prompts) * NUM_HEADS,
+        "hybridkv_requests_compressed_total": len(requests),
+        "hybridkv_prompt_tokens_total": sum(request.prompt_tokens for request in requests),
+        "hybridkv_blocks_freed_total": sum(request.prompt_tokens // PAGE_TOKENS for request in requests),
+        "hybridkv_kept_tokens_total": sum(
+            kept_tokens(request.prompt_tokens, request.budget, dynamic)
+            for request, dynamic in zip(requests, num_dynamic, strict=True)
+        ),
+        'hybridkv_heads{type="static"}': len(requests) * NUM_HEADS - sum(num_dynamic),
+        'hybridkv_heads{type="dynamic"}': sum(num_dynamic),
+        'hybridkv_fallbacks_total{reason="landmarks_do_not_fit"}': sum(pruned),
     }
     return {name: count for name, count in counts.items() if count}
 
 
-def kept_tokens(tokens: int, budget: float) -> int:
-    """Tokens kept per head where the arena is full: its pages and the partial block, which is in the tail."""
-    in_blocks = tokens // PAGE_TOKENS * PAGE_TOKENS
-    return min(in_blocks, arena_blocks(budget, tokens) * PAGE_TOKENS) + tokens % PAGE_TOKENS
+def settled(server: Server) -> Counters:
+    """The counters once all that was asked before is in them: a step is counted when a next one begins."""
+    # One token alone, as the first request, crashes vLLM's CPU build (stock vLLM too).
+    body = {"model": MODEL, "prompt": [300] * 10, "max_tokens": 1}
+    httpx.post(server.url + "/v1/completions", json=body, timeout=60).raise_for_status()
+    return Counters(server)
 
 
-def assert_counted(changes: Mapping[str, float], prompts: list[int], budgets: list[float]) -> None:
-    """Nothing but these compressions has changed the counters."""
-    changes = dict(changes)
-    heads = sum(changes.pop(f'hybridkv_heads{{type="{kind}"}}', 0.0) for kind in ("static", "dynamic"))
-    assert {**changes, **({"hybridkv_heads": heads} if heads else {})} == expected_counts(prompts, budgets)
+def heads_reports(server: Server) -> list[RequestHeads]:
+    """What `/hybridkv/heads` shows now."""
+    return HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
+
+
+def all_heads(report: RequestHeads) -> list[Head]:
+    """The heads of all layers."""
+    return [head for layer in report.layers for head in layer]
+
+
+def hot_chunks(report: RequestHeads) -> int:
+    """Chunks that a decode step chooses, over all heads that recall."""
+    return sum(head.kept_tokens for head in all_heads(report) if head.recalled) // PAGE_TOKENS
+
+
+def assert_accounted(report: RequestHeads, request: Served) -> None:
+    """The report gives each page of the request's arena to one purpose, and each head what is due to it."""
+    tokens = request.prompt_tokens
+    arena = Arena.of(tokens, request.budget)
+    assert (report.prompt_tokens, report.arena_pages) == (tokens, arena.pages)
+    assert [len(layer) for layer in report.layers] == [KV_HEADS] * LAYERS
+    heads = all_heads(report)
+    for head in heads:
+        assert head.type == ("static" if head.figure >= THETA else "dynamic")
+        assert head.recalled == (arena.recalls and head.type == "dynamic")
+        assert head.kept_tokens == PAGE_TOKENS * (head.pages - head.recalled * arena.landmarks) > 0
+    used = arena.positions + sum(head.pages for head in heads)
+    if arena.keeps_all:
+        assert used <= arena.pages
+        assert {head.pages for head in heads} == {tokens // PAGE_TOKENS}
+    else:
+        assert used == arena.pages
+    assert report.dynamic_share == sum(head.type == "dynamic" for head in heads) / NUM_HEADS
+    assert report.recalled_share == sum(head.recalled for head in heads) / NUM_HEADS
+
+
+def assert_counted(server: Server, before: Counters, requests: Sequence[Served]) -> None:
+    """Nothing but these compressions has changed the counters, and `/hybridkv/heads` tells the same."""
+    changes = settled(server).since(before)
+    # vLLM appends to the answer's id, and puts a choice's number before it.
+    reports = [
+        report
+        for report in heads_reports(server)
+        if any(request.answer_id in report.request_id for request in requests)
+    ]
+    assert len(reports) == len(requests)
+    num_dynamic, hot = [], 0
+    for request in requests:
+        report = next(report for report in reports if request.answer_id in report.request_id)
+        reports.remove(report)
+        assert_accounted(report, request)
+        num_dynamic.append(sum(head.type == "dynamic" for head in all_heads(report)))
+        hot += hot_chunks(report) * (request.decodes or 0)
+    chosen = sum(changes.pop(f"hybridkv_chunks_{how}_total", 0) for how in ("hit", "recalled"))
+    if all(request.decodes is not None for request in requests):
+        assert chosen == hot
+    assert changes == expected_counts(requests, num_dynamic)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 15) -> bool:
@@ -165,13 +306,19 @@ def ask(
     )
 
 
+def complete(client: OpenAI, tokens: int) -> Completion:
+    """Completes a text of this length."""
+    prompt = [300 + n % 600 for n in range(tokens)]
+    return client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, temperature=0)
+
+
 def token_logprobs(answer: ChatCompletion) -> list[float]:
     """The log-probability of each answered token."""
     return [place.logprob for place in answer.choices[0].logprobs.content]
 
 
 def test_streaming_equals_the_whole_answer(client: OpenAI, server: Server) -> None:
-    before = Counters(server)
+    before = settled(server)
     whole = ask(client)
     stream = client.chat.completions.create(
         model=MODEL,
@@ -186,9 +333,8 @@ def test_streaming_equals_the_whole_answer(client: OpenAI, server: Server) -> No
     assert "".join(piece or "" for piece in pieces) == whole.choices[0].message.content != ""
     assert sum(bool(piece) for piece in pieces) > 1  # It streamed, and not all at once.
     assert chunks[-1].usage == whole.usage
-    tokens = whole.usage.prompt_tokens
     # The second time from the prefix cache: the same compression, the same counts.
-    assert_counted(Counters(server).since(before), [tokens, tokens], [BUDGET, BUDGET])
+    assert_counted(server, before, [*served(whole), *served(chunks[-1])])
 
 
 def test_logprobs_over_http(client: OpenAI) -> None:
@@ -203,12 +349,11 @@ def test_logprobs_over_http(client: OpenAI) -> None:
 
 
 def test_two_answers_are_two_compressions_of_one_prompt(client: OpenAI, server: Server) -> None:
-    before = Counters(server)
+    before = settled(server)
     answer = ask(client, n=2, temperature=1.5, seed=5, extra_body={"ignore_eos": True})
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.choices[0].message.content != answer.choices[1].message.content
-    tokens = answer.usage.prompt_tokens
-    assert_counted(Counters(server).since(before), [tokens, tokens], [BUDGET, BUDGET])
+    assert_counted(server, before, served(answer, choices=2))
 
 
 def test_structured_output(client: OpenAI) -> None:
@@ -240,7 +385,7 @@ def test_a_video(client: OpenAI, server: Server, tmp_path: Path) -> None:
         writer.write(np.roll(frame, 8 * step, axis=1))
     writer.release()
     url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
-    before = Counters(server)
+    before = settled(server)
     answer = client.chat.completions.create(
         model=MODEL,
         max_tokens=4,
@@ -256,14 +401,14 @@ def test_a_video(client: OpenAI, server: Server, tmp_path: Path) -> None:
         ],
     )
     assert answer.usage.completion_tokens == 4
-    assert_counted(Counters(server).since(before), [answer.usage.prompt_tokens], [BUDGET])
+    assert_counted(server, before, served(answer))
 
 
 @pytest.mark.parametrize(("xargs", "message"), REFUSED, ids=[json.dumps(xargs) for xargs, _ in REFUSED])
 def test_bad_options_are_http_400(
     client: OpenAI, server: Server, xargs: dict[str, Any], message: str
 ) -> None:
-    before = Counters(server)
+    before = settled(server)
     with pytest.raises(BadRequestError) as caught:
         ask(client, xargs=xargs)
     assert caught.value.status_code == httpx.codes.BAD_REQUEST
@@ -288,16 +433,19 @@ def test_options_of_others_are_left_alone(client: OpenAI) -> None:
 
 
 def test_a_request_can_go_without_compression_or_keep_everything(client: OpenAI, server: Server) -> None:
-    start = Counters(server)
+    start = settled(server)
     exact = ask(client, xargs={"hybridkv_enabled": False}, logprobs=True)
-    between = Counters(server)
+    between = settled(server)
     assert not between.since(start)
     everything = ask(client, xargs={"hybridkv_budget": 1.0}, logprobs=True)
     tokens = exact.usage.prompt_tokens
-    changes = Counters(server).since(between)
+    changes = settled(server).since(between)
     assert changes["hybridkv_blocks_freed_total"] == tokens // PAGE_TOKENS
     assert changes["hybridkv_kept_tokens_total"] == tokens
-    assert_counted(changes, [tokens], [1.0])
+    # Heads are dynamic all the same, and have nothing to recall.
+    assert changes['hybridkv_heads{type="dynamic"}'] > 0
+    assert_counted(server, between, served(everything, 1.0))
+    assert not any(head.recalled for head in all_heads(heads_reports(server)[0]))
     assert everything.choices[0].message.content == exact.choices[0].message.content
     assert token_logprobs(everything) == pytest.approx(token_logprobs(exact), abs=1e-3)
     # The server's own budget does drop something: decoding sees it.
@@ -307,17 +455,23 @@ def test_a_request_can_go_without_compression_or_keep_everything(client: OpenAI,
 
 
 def test_short_prompts_stay_uncompressed(client: OpenAI, server: Server) -> None:
-    for tokens, prompts in ((MIN_PROMPT_TOKENS - 1, []), (MIN_PROMPT_TOKENS, [MIN_PROMPT_TOKENS])):
-        before = Counters(server)
-        done = client.completions.create(
-            model=MODEL, prompt=[300 + n for n in range(tokens)], max_tokens=3, temperature=0
-        )
+    for tokens, compressed in ((MIN_PROMPT_TOKENS - 1, False), (MIN_PROMPT_TOKENS, True)):
+        before = settled(server)
+        done = complete(client, tokens)
         assert done.usage.prompt_tokens == tokens
-        assert_counted(Counters(server).since(before), prompts, [BUDGET] * len(prompts))
+        assert_counted(server, before, served(done) if compressed else [])
+
+
+def test_heads_are_static_where_there_is_no_picture(client: OpenAI, server: Server) -> None:
+    """Though this prompt is long enough for heads to recall."""
+    assert Arena.of(400, BUDGET).recalls
+    before = settled(server)
+    assert_counted(server, before, served(complete(client, 400)))
+    assert {(head.type, head.recalled) for head in all_heads(heads_reports(server)[0])} == {("static", False)}
 
 
 def test_counters_add_up_to_the_responses_usage(client: OpenAI, server: Server) -> None:
-    before = Counters(server)
+    before = settled(server)
     questions = [QUESTION, "What is this?", "Describe the scene in one sentence." * 4, "Why? " * 9] * 2
     budgets = [BUDGET, 0.5, 0.1, 1.0] * 2
     with ThreadPoolExecutor(max_workers=len(questions)) as threads:
@@ -330,14 +484,53 @@ def test_counters_add_up_to_the_responses_usage(client: OpenAI, server: Server) 
         )
     prompts = [answer.usage.prompt_tokens for answer in answers]
     assert len(set(prompts)) == 4
-    after = Counters(server)
-    assert_counted(after.since(before), prompts, budgets)
-    assert after.values["hybridkv_blocks_arena"] == 0
+    # Heads that recall, heads that cannot and heads that need not.
+    assert {Arena.of(*pair).recalls for pair in zip(prompts, budgets, strict=True)} == {True, False}
+    requests = [served(*pair) for pair in zip(answers, budgets, strict=True)]
+    assert_counted(server, before, [request for one in requests for request in one])
+    after = Counters(server).values
+    assert after["hybridkv_blocks_arena"] == after["hybridkv_host_bytes"] == 0
+
+
+def test_the_last_steps_chunks_do_not_wait_for_a_next_request(client: OpenAI, server: Server) -> None:
+    before = settled(server)
+    (request,) = served(ask(client))
+
+    def chosen() -> float:
+        changes = Counters(server).since(before)
+        return sum(changes.get(f"hybridkv_chunks_{how}_total", 0) for how in ("hit", "recalled"))
+
+    hot = hot_chunks(heads_reports(server)[0])
+    assert request.decodes is not None
+    assert wait_for(lambda: chosen() == request.decodes * hot > 0), chosen()
+
+
+def test_heads_tell_of_the_last_requests_and_nothing_of_their_content(client: OpenAI, server: Server) -> None:
+    older = ask(client)
+    newer = ask(client, "Rosebud and rosebud and rosebud?", {"hybridkv_budget": 0.5}, max_tokens=3)
+    settled(server)
+    answer = server.get("/hybridkv/heads")
+    assert "osebud" not in answer.text
+    body = answer.json()
+    told = HeadsResponse.model_validate(body)
+    assert told.model_dump() == body  # What is declared, and nothing else.
+    assert (told.classifier, told.theta) == ("text_mass", THETA)
+    for report, request in zip(told.requests, (*served(newer, 0.5), *served(older)), strict=False):
+        assert request.answer_id in report.request_id
+        assert_accounted(report, request)
+        # As the tiny model was made: in each layer one head for pictures, one for text.
+        kinds = [[head.type for head in layer] for layer in report.layers]
+        assert kinds == [["dynamic", "static"]] * LAYERS
+    described = server.get("/openapi.json").json()
+    operation = described["paths"]["/hybridkv/heads"]["get"]
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+    fields = described["components"]["schemas"][schema.rpartition("/")[2]]["properties"]
+    assert set(fields) == set(body)
 
 
 def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Server) -> None:
     # A prompt that would fill the sequence, and an arena as large as the prompt: more than the whole cache.
-    before = Counters(server)
+    before = settled(server)
     tokens = ask(client, max_tokens=2, xargs={"hybridkv_enabled": False}).usage.prompt_tokens
     longest = math.ceil(MAX_MODEL_LEN / PAGE_TOKENS)
     assert longest + arena_blocks(BUDGET, MAX_MODEL_LEN) < NUM_BLOCKS <= longest + arena_blocks(1.0, tokens)
@@ -349,10 +542,10 @@ def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Ser
     )
     assert len(answer.choices[0].message.content) == 3
     fallback = 'hybridkv_fallbacks_total{reason="pool_too_small"}'
-    assert Counters(server).since(before) == {fallback: 1}
-    ask(client, max_tokens=2)
+    assert settled(server).since(before) == {fallback: 1}
+    ask(client)
 
-    now = Counters(server)
+    now = settled(server)
     for name, description in METRICS.items():
         assert f"{name}_total" if description.kind == "counter" else name in now.names, name
     stats = Stats.model_validate(server.get("/hybridkv/stats").json())
@@ -365,14 +558,22 @@ def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Ser
     assert stats.blocks_arena == values["hybridkv_blocks_arena"] == 0
     assert stats.heads == {kind: values[f'hybridkv_heads{{type="{kind}"}}'] for kind in ("static", "dynamic")}
     assert sum(stats.heads.values()) == NUM_HEADS * stats.requests_compressed
-    assert stats.fallbacks == {"pool_too_small": values[fallback]}
+    assert stats.chunks_recalled == values["hybridkv_chunks_recalled_total"] > 0
+    assert stats.chunks_hit == values["hybridkv_chunks_hit_total"] > 0
+    assert stats.hit_rate == stats.chunks_hit / (stats.chunks_hit + stats.chunks_recalled)
+    assert stats.host_bytes == values["hybridkv_host_bytes"] == 0
+    counted = {name: value for name, value in values.items() if name.startswith("hybridkv_fallbacks_total")}
+    assert {f'hybridkv_fallbacks_total{{reason="{reason}"}}': n for reason, n in stats.fallbacks.items()} == (
+        counted
+    )
+    assert counted[fallback] == 1
     assert stats.options is not None
     assert (stats.options.budget, stats.options.min_prompt_tokens) == (BUDGET, MIN_PROMPT_TOKENS)
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: Server) -> None:
     tokens = ask(client, max_tokens=2).usage.prompt_tokens
-    before = Counters(server)
+    before = settled(server)
     body = {
         "model": MODEL,
         "messages": picture_message(),
@@ -383,15 +584,24 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
     }
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
-        for _ in range(8):  # Events and the empty lines between them.
+        answer_id = json.loads(next(lines).removeprefix("data: "))["id"]
+        for _ in range(9):  # Events and the empty lines between them.
             next(lines)
         during = Counters(server)
         assert during.values["hybridkv_blocks_arena"] == arena_blocks(BUDGET, tokens)
         assert during.values["vllm:num_requests_running"] == 1
+        report = heads_reports(server)[0]
+        assert answer_id in report.request_id
+        chunks = sum(head.recalled for head in all_heads(report)) * (tokens // PAGE_TOKENS)
+        store_block_bytes = STORE_BLOCK * PAGE_TOKENS * 2 * HEAD_SIZE * 4
+        host_bytes = math.ceil(chunks / STORE_BLOCK) * store_block_bytes
+        assert during.values["hybridkv_host_bytes"] == host_bytes > 0
+        assert Stats.model_validate(server.get("/hybridkv/stats").json()).host_bytes == host_bytes
     assert wait_for(lambda: Counters(server).values["hybridkv_blocks_arena"] == 0)
+    assert wait_for(lambda: Counters(server).values["hybridkv_host_bytes"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:num_requests_running"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:kv_cache_usage_perc"] == 0)
-    assert_counted(Counters(server).since(before), [tokens], [BUDGET])
+    assert_counted(server, before, [Served(answer_id, tokens, None, BUDGET)])
     assert ask(client).usage.completion_tokens == 12
 
 
@@ -402,11 +612,16 @@ def test_without_the_endpoint_plugin_the_routes_are_off_and_the_counters_on(
     # Several API servers share vLLM's own directory of counters: another way for ours to /metrics.
     arguments = (*ARGUMENTS, "--api-server-count", "2")
     with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:
-        assert httpx.get(it.url + "/hybridkv/stats", timeout=60).status_code == httpx.codes.NOT_FOUND
-        before = Counters(it)
+        for path in ("/hybridkv/stats", "/hybridkv/heads"):
+            assert httpx.get(it.url + path, timeout=60).status_code == httpx.codes.NOT_FOUND
+        before = settled(it)
         with OpenAI(base_url=it.url + "/v1", api_key="none", max_retries=0) as client:
-            tokens = ask(client).usage.prompt_tokens
-        assert_counted(Counters(it).since(before), [tokens], [BUDGET])
+            (request,) = served(ask(client))
+        changes = settled(it).since(before)
+        assert changes.pop("hybridkv_chunks_recalled_total") > 0
+        assert changes.pop("hybridkv_chunks_hit_total") > 0
+        num_dynamic = round(changes['hybridkv_heads{type="dynamic"}'])
+        assert changes == expected_counts([request], [num_dynamic])
 
 
 def test_a_server_that_ends_is_reported_with_its_log(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from hybridkv_vllm import startup
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.startup import ASYNC_SCHEDULER, SYNC_SCHEDULER
@@ -173,6 +175,57 @@ def test_an_unknown_option(tiny_model: Path) -> None:
     assert "unknown option 'bugdet' (known: budget, classifier" in line
 
 
+def test_an_unknown_tier(tiny_model: Path) -> None:
+    line = refusal(tiny_model, {"dynamic_tier": "disk"})
+    assert "option 'dynamic_tier' is 'disk': input should be 'host', 'gpu' or 'off'" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"dynamic_tier": "off", "recall_interval": 2, "landmark": "mean"}, "landmark, recall_interval"),
+        # A method that prunes every head, whatever the tier.
+        (
+            {"policy": "snapkv", "host_pool_gib": 1, "pin_recent_chunks": 1},
+            "host_pool_gib, pin_recent_chunks",
+        ),
+        ({"dynamic_tier": "host", "host_pool_gib": 1, "recall_interval": 2}, None),
+        ({"dynamic_tier": "off"}, None),
+    ],
+    ids=["tier off", "policy without recall", "used", "none given"],
+)
+def test_options_that_do_nothing_are_warned_about(
+    tiny_model: Path,
+    options: dict[str, Any],
+    idle: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # vLLM sets its loggers up anew for each configuration: the check is repeated with them open.
+    config = engine_config(tiny_model, {})
+    monkeypatch.setattr(config, "additional_config", {"hybridkv": options})
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.hybridkv_vllm.startup"):
+        startup.configure(config)
+    # Some versions of pytest listen to such loggers twice.
+    records = [record for record in dict.fromkeys(caplog.records) if record.name.endswith("startup")]
+    warnings = [record.getMessage() for record in records]
+    assert warnings == ([f"hybridkv: where no head recalls chunks these do nothing: {idle}"] if idle else [])
+
+
+def test_a_host_pool_larger_than_the_machine(tiny_model: Path) -> None:
+    line = refusal(tiny_model, {"host_pool_gib": 1_000_000})
+    assert "a host pool of 1000000 GiB for each of 1 ranks is more than the" in line
+    assert line.endswith(
+        "give a smaller --additional-config.hybridkv.host_pool_gib, or set "
+        "--additional-config.hybridkv.dynamic_tier to gpu or off"
+    )
+    engine_config(tiny_model, {"host_pool_gib": 0.01})
+    engine_config(tiny_model, {"host_pool_gib": 1_000_000, "dynamic_tier": "gpu"})
+    with pytest.raises(HybridKVConfigError, match="for each of 2 ranks is more than"):
+        engine_config(tiny_model, {"host_pool_gib": 1_000_000}, tensor_parallel_size=2)
+
+
 def test_an_unknown_policy(tiny_model: Path) -> None:
     assert "choose one of" in refusal(tiny_model, {"policy": "best"})
 
@@ -242,8 +295,6 @@ def test_model_runner_v1(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_async_scheduling_gets_the_async_scheduler(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridkv_vllm import startup
-
     config = engine_config(tiny_model, {})
     # The CPU platform turns it off; on a GPU it is on by default when our check runs.
     monkeypatch.setattr(config.scheduler_config, "async_scheduling", True)
@@ -258,8 +309,9 @@ def test_async_scheduling_gets_the_async_scheduler(tiny_model: Path, monkeypatch
         (["--additional-config.hybridkv.budget", "1.5"], "hybridkv: option 'budget' is 1.5: "),
         (["--additional-config.hybridkv.bugdet", "0.5"], "hybridkv: unknown option 'bugdet' (known: "),
         (["--additional-config", '{"hybridkv": {"budget": NaN}}'], "hybridkv: option 'budget' is nan: "),
+        (["--additional-config.hybridkv.host_pool_gib", "1000000"], "hybridkv: a host pool of 1000000 GiB "),
     ],
-    ids=["out of range", "unknown name", "not a number"],
+    ids=["out of range", "unknown name", "not a number", "more than the machine"],
 )
 def test_vllm_serve_prints_the_one_line_last(tiny_model: Path, arguments: list[str], expected: str) -> None:
     vllm = Path(sys.executable).with_name("vllm")
