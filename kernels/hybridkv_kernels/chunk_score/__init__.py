@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
 from ..pages import Backend, check_index, check_pool, group_size, require, use_triton
+from ..recall.checks import check_recall
 from ..recall.landmarks import Landmarks
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
@@ -58,17 +59,11 @@ def chunk_score(
     require(query.dim() == 3, "query must be [N, Hq, D]")
     rows, num_q_heads, head_size = query.shape
     check_pool(pool, head_size, query)
-    group = group_size(num_q_heads, decode.num_kv_heads)
-    layout = landmarks.layout
-    require(layout.head_size == head_size, f"the landmarks are for head size {layout.head_size}")
-    require(pool.dtype.itemsize == layout.itemsize, f"the layout is for {layout.itemsize} bytes an element")
+    check_recall(pool, row_slot, decode, recall, layer, landmarks.layout, work)
     check_index("row_slot", row_slot, torch.int32, rows)
     check_index("row_len", row_len, torch.int32, rows)
-    require(0 <= layer < decode.num_layers, f"layer {layer} is not within 0..{decode.num_layers - 1}")
+    group = group_size(num_q_heads, decode.num_kv_heads)
     require(work.log_weight.shape[1] == group, f"the buffers are for groups of {work.log_weight.shape[1]}")
-    require(
-        rows * decode.num_kv_heads <= work.log_weight.shape[0], f"{rows} rows are more than the buffers hold"
-    )
     require(interval >= 1, "interval must be at least 1")
     if rows == 0:
         return
