@@ -189,17 +189,13 @@ class CompressionLog:
         copied = torch.empty_like(figures, device="cpu", pin_memory=self._on_gpu)
         self._pending.append((self._copy(figures, copied), copied, compression))
 
-    def collect(self, *, idle: bool = False) -> None:
-        """Counts what has arrived; called between steps.
-
-        Where no request is left (`idle`) no step comes that would count the last one's chunks, and nothing is
-        held up: their number is waited for.
-        """
+    def collect(self) -> None:
+        """Counts what has arrived; called between steps."""
         while self._pending and _is_here(self._pending[0][0]):
             _, figures, compression = self._pending.popleft()
             self._count_compression(figures, compression)
         if self._recall is not None:
-            self._count_chunks(self._recall, idle)
+            self._count_chunks(self._recall)
             if self._recall.tier is not None:
                 self._metrics.set_host_bytes(self._recall.tier.bytes_held)
 
@@ -225,19 +221,20 @@ class CompressionLog:
             lengths.int().tolist(),
         )
 
-    def _count_chunks(self, recall: RecallState, idle: bool) -> None:
+    def _count_chunks(self, recall: RecallState) -> None:
         """One copy of the device's counters is under way at a time; what it brings counts a step later."""
-        if idle:
-            self._counters.copy_(recall.work.counters)
-            self._counters_here = None
         if not _is_here(self._counters_here):
             return
+        self._count_copied()
+        self._counters_here = self._copy(recall.work.counters, self._counters)
+        if not self._on_gpu:
+            self._count_copied()
+
+    def _count_copied(self) -> None:
         hit, recalled = self._counters.tolist()
         if (hit, recalled) != self._counted:
             self._metrics.chunks(hit - self._counted[0], recalled - self._counted[1])
             self._counted = (hit, recalled)
-        if not idle:
-            self._counters_here = self._copy(recall.work.counters, self._counters)
 
 
 def _is_here(event: torch.cuda.Event | None) -> bool:

@@ -183,7 +183,7 @@ class HybridKVModelState(DefaultModelState):
         if slot is not None and self._tables is not None and self._log is not None:
             self._tables.reset(slot)
             # The last request's figures must not wait for a next one.
-            self._log.collect(idle=not self._slots)
+            self._log.collect()
 
     def preprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """vLLM calls this for real batches only, just before `prepare_attn`."""

@@ -323,9 +323,11 @@ def bound_kernel(
         largest = tl.load(data[:, None] + (HEAD_SIZE + dim)[None, :], mask=mask, other=0.0)
         if WIDEN:
             largest = largest.to(tl.float32)
+        # Triton 3.6 takes minimum and maximum of bf16 in fp32.
         zero = tl.zeros_like(q)
-        logits = tl.dot(values, tl.trans(tl.minimum(q, zero)), input_precision=PRECISION)
-        logits = tl.dot(largest, tl.trans(tl.maximum(q, zero)), logits, input_precision=PRECISION)
+        logits = tl.dot(values, tl.trans(tl.minimum(q, zero).to(q.dtype)), input_precision=PRECISION)
+        above = tl.maximum(q, zero).to(q.dtype)
+        logits = tl.dot(largest, tl.trans(above), logits, input_precision=PRECISION)
     to = log_weight + (item.to(tl.int64) * GROUP + member)[None, :] * max_chunks + chunk[:, None]
     tl.store(to, logits * scale_log2, mask=live[:, None] & (member < GROUP)[None, :])
 

@@ -44,7 +44,10 @@ def token_angles(
     return cos, sin
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["source_blocks", "arena_blocks"])
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=["source_blocks", "arena_blocks", "chunk_first"],
+)
 def centre_kernel(
     pool: tl.tensor,
     source_blocks: tl.tensor,
@@ -109,7 +112,7 @@ def centre_kernel(
 
 @triton.jit(
     do_not_specialize=["tokens", "chunks"],
-    do_not_specialize_on_alignment=["source_blocks", "arena_blocks"],
+    do_not_specialize_on_alignment=["source_blocks", "arena_blocks", "chunk_first"],
 )
 def landmark_kernel(
     pool: tl.tensor,
