@@ -211,6 +211,15 @@ class Policy(ABC):
         """Share of the prompt's pages to reserve where the user asked for `requested`."""
         return requested
 
+    def may_recall(self, has_visual: bool, options: PolicyOptions) -> bool:
+        """Whether any head of a prompt can be found dynamic and recall, as far as known before it is scored.
+
+        Args:
+            has_visual: whether the prompt has visual tokens.
+        """
+        del has_visual, options
+        return self.recalls
+
     def classify(self, scores: PromptScores, options: PolicyOptions) -> Verdict:
         """Judges the KV heads of any number of layers; a layer's verdict does not depend on the others.
 

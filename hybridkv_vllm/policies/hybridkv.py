@@ -21,6 +21,10 @@ class HybridKV(Policy):
     name: ClassVar[str] = "hybridkv"
     recalls: ClassVar[bool] = True
 
+    def may_recall(self, has_visual: bool, options: PolicyOptions) -> bool:
+        # The text mass of a prompt of text alone is 1, which no theta is above.
+        return has_visual or options.classifier != "text_mass"
+
     def select(
         self,
         scores: PromptScores,

@@ -75,8 +75,11 @@ class HybridKVScheduler(Scheduler):
         if request.resumable:
             self._fall_back("streaming_input", "a session's prompt grows; it stays uncompressed")
             return None
-        budget = get_policy(options.policy).budget_share(wanted.hybridkv_budget or options.budget)
-        plan = make_plan(num_tokens, visual_spans(request), budget, options.window, options.recall_tier)
+        policy, spans = get_policy(options.policy), visual_spans(request)
+        budget = policy.budget_share(wanted.hybridkv_budget or options.budget)
+        recalls = policy.may_recall(bool(spans), options.policy_options())
+        tier = options.recall_tier if recalls else "off"
+        plan = make_plan(num_tokens, spans, budget, options.window, tier)
         longest = min(num_tokens + (params.max_tokens or 0), self.max_model_len)
         if ceil_pages(longest) + plan.arena_size > self.hybridkv_manager.num_usable_blocks():
             self._fall_back(

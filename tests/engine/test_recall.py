@@ -397,3 +397,15 @@ def test_the_budget_counts_all_that_stays(tiny_model: Path, tmp_path: Path) -> N
         f"pool: {max(held)} of {full} blocks, {full / max(held):.2f}x; the paper's nominal 10% held "
         f"{PAPER_SHARE:.1%}, {1 / PAPER_SHARE:.2f}x"
     )
+
+
+def test_a_prompt_of_text_alone_sets_nothing_aside(tiny_model: Path) -> None:
+    """Its heads are static: no host memory, no positions, and with the GPU tier too its blocks go back."""
+    ask = Ask("text", SCENE * 20)
+    for tier in ("host", "gpu"):
+        freed = count("hybridkv_blocks_freed_total")
+        with recalling(tiny_model, dynamic_tier=tier) as ours:
+            (report,) = heads_of(ours, [ask])
+        assert report.recalled_share == report.dynamic_share == 0
+        assert sum(head.pages for layer in report.layers for head in layer) == report.arena_pages
+        assert count("hybridkv_blocks_freed_total") - freed == report.prompt_tokens // 16

@@ -10,7 +10,7 @@ import torch
 from policy_cases import CASES, causal, random_scores, scores_of
 from torch import Tensor
 
-from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores
+from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores, get_policy
 from hybridkv_vllm.policies.classify import classify
 
 LAYERS, HEADS, GROUP, WINDOW, TOKENS = 2, 3, 2, 5, 43
@@ -120,3 +120,17 @@ def test_quest_calls_every_head_dynamic_and_reports_the_figure(classifier: str) 
     assert verdict.dynamic.all()
     assert torch.equal(verdict.figure, usual.figure)
     assert torch.equal(verdict.sparsity, usual.sparsity)
+
+
+def test_a_prompt_of_text_alone_has_no_head_that_recalls_by_its_text_mass() -> None:
+    """So the scheduler need not set anything aside for one; other classifiers may find dynamic heads."""
+    logits = torch.randn(2, 2, 1, 8, 64, generator=torch.Generator().manual_seed(1))
+    text = scores_of(causal(logits), torch.zeros(64, dtype=torch.bool))
+    for classifier in CLASSIFIERS:
+        options = PolicyOptions(classifier=classifier, theta=1.0)
+        found = bool(classify(text, options).dynamic.any())
+        assert get_policy("hybridkv").may_recall(False, options) or not found
+        assert get_policy("hybridkv").may_recall(True, options)
+        assert get_policy("quest").may_recall(False, options)
+        assert not get_policy("snapkv").may_recall(True, options)
+    assert not get_policy("hybridkv").may_recall(False, PolicyOptions())

@@ -121,12 +121,14 @@ class Served(NamedTuple):
         prompt_tokens: from the response's usage.
         decodes: steps after the one that ended the prefill; None where the client does not know.
         budget: the request's, or the server's.
+        has_visual: whether the prompt had a picture or a video.
     """
 
     answer_id: str
     prompt_tokens: int
     decodes: int | None
     budget: float
+    has_visual: bool
 
 
 def served(
@@ -137,7 +139,10 @@ def served(
     tokens = answer.usage.completion_tokens
     assert tokens % choices == 0
     # The step that ends the prefill yields the first token.
-    return [Served(answer.id, answer.usage.prompt_tokens, tokens // choices - 1, budget)] * choices
+    # Only chats are about pictures here.
+    has_visual = not isinstance(answer, Completion)
+    one = Served(answer.id, answer.usage.prompt_tokens, tokens // choices - 1, budget, has_visual)
+    return [one] * choices
 
 
 class Arena(NamedTuple):
@@ -158,22 +163,29 @@ class Arena(NamedTuple):
     landmarks: int
 
     @classmethod
-    def of(cls, tokens: int, budget: float) -> Arena:
+    def of(cls, tokens: int, budget: float, has_visual: bool = True) -> Arena:
         chunks, blocks = tokens // PAGE_TOKENS, arena_blocks(budget, tokens)
         positions, landmarks = LANDMARKS.position_pages(chunks), LANDMARKS.pages(chunks)
         keeps_all = blocks >= chunks
         share = blocks - math.ceil(positions / NUM_HEADS)
-        recalls = not keeps_all and least_recall_pages(share, chunks, landmarks) is not None
+        fits = least_recall_pages(share, chunks, landmarks) is not None
+        # Heads are judged by the text's share of the attention, which is all where there is only text.
+        recalls = has_visual and fits and not keeps_all
         return cls(
             blocks * NUM_HEADS, keeps_all, recalls, positions if recalls else 0, landmarks if recalls else 0
         )
 
 
-def kept_tokens(tokens: int, budget: float, num_dynamic: int) -> float:
+def arena_of(request: Served) -> Arena:
+    """The request's arena."""
+    return Arena.of(request.prompt_tokens, request.budget, request.has_visual)
+
+
+def kept_tokens(request: Served, num_dynamic: int) -> float:
     """Tokens kept, mean per head: every page is full, and the partial block is in the tail."""
-    arena, in_tail = Arena.of(tokens, budget), tokens % PAGE_TOKENS
+    arena, in_tail = arena_of(request), request.prompt_tokens % PAGE_TOKENS
     if arena.keeps_all:
-        return tokens
+        return request.prompt_tokens
     pages = arena.pages - arena.positions - num_dynamic * arena.landmarks
     return PAGE_TOKENS * pages / NUM_HEADS + in_tail
 
@@ -186,7 +198,7 @@ def expected_counts(requests: Sequence[Served], num_dynamic: Sequence[int]) -> d
     pruned = [
         dynamic
         for request, dynamic in zip(requests, num_dynamic, strict=True)
-        for arena in (Arena.of(request.prompt_tokens, request.budget),)
+        for arena in (arena_of(request),)
         if not arena.recalls and not arena.keeps_all
     ]
     counts = {
@@ -194,8 +206,7 @@ def expected_counts(requests: Sequence[Served], num_dynamic: Sequence[int]) -> d
         "hybridkv_prompt_tokens_total": sum(request.prompt_tokens for request in requests),
         "hybridkv_blocks_freed_total": sum(request.prompt_tokens // PAGE_TOKENS for request in requests),
         "hybridkv_kept_tokens_total": sum(
-            kept_tokens(request.prompt_tokens, request.budget, dynamic)
-            for request, dynamic in zip(requests, num_dynamic, strict=True)
+            kept_tokens(request, dynamic) for request, dynamic in zip(requests, num_dynamic, strict=True)
         ),
         'hybridkv_heads{type="static"}': len(requests) * NUM_HEADS - sum(num_dynamic),
         'hybridkv_heads{type="dynamic"}': sum(num_dynamic),
@@ -230,7 +241,7 @@ def hot_chunks(report: RequestHeads) -> int:
 def assert_accounted(report: RequestHeads, request: Served) -> None:
     """The report gives each page of the request's arena to one purpose, and each head what is due to it."""
     tokens = request.prompt_tokens
-    arena = Arena.of(tokens, request.budget)
+    arena = arena_of(request)
     assert (report.prompt_tokens, report.arena_pages) == (tokens, arena.pages)
     assert [len(layer) for layer in report.layers] == [KV_HEADS] * LAYERS
     heads = all_heads(report)
@@ -601,7 +612,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
     assert wait_for(lambda: Counters(server).values["hybridkv_host_bytes"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:num_requests_running"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:kv_cache_usage_perc"] == 0)
-    assert_counted(server, before, [Served(answer_id, tokens, None, BUDGET)])
+    assert_counted(server, before, [Served(answer_id, tokens, None, BUDGET, True)])
     assert ask(client).usage.completion_tokens == 12
 
 
