@@ -110,6 +110,8 @@ OPTIONS = {
     "host_pool_gib",
     "kernels",
     "landmark",
+    "pin_first_chunks",
+    "pin_recent_chunks",
     "policy",
     "recall_interval",
     "theta",
@@ -209,7 +211,7 @@ def test_tiers_answer_alike_and_unlike_pruning(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"recall_interval": 3},
+        {"recall_interval": 3, "pin_first_chunks": 1, "pin_recent_chunks": 1},
         {"landmark": "mean"},
         {"landmark": "minmax"},
         {"policy": "quest"},

@@ -51,13 +51,18 @@ def test_pool_offsets_are_64_bit() -> None:
     assert done.returncode == 0, done.stderr
     kernels = done.stdout.split("// kernel ")[1:]
     assert {text.split()[0] for text in kernels} == {
+        "bound_kernel",
         "cache_write_kernel",
+        "centre_kernel",
         "chunk_gather_kernel",
         "chunk_offload_kernel",
         "chunk_select_kernel",
         "column_kernel",
         "compact_kernel",
         "decode_kernel",
+        "landmark_kernel",
+        "prepare_kernel",
+        "sketch_kernel",
         "statistics_kernel",
     }
     for text in kernels:
