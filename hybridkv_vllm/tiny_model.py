@@ -44,10 +44,12 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-CHAT_TEMPLATE = """\
+SYSTEM_PROMPT = """\
 {%- if messages[0].role != 'system' -%}
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
+"""
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.content is string -%}
@@ -156,7 +158,7 @@ def write_tiny_model(out: Path, *, seed: int = 0, layers: int = 4, force: bool =
     model = _build_model(_config(tokenizer, layers), tokenizer, seed)
     # The model first: its config marks the folder, so an interrupted run can simply be repeated.
     model.save_pretrained(out)
-    processor = _processor(tokenizer)
+    processor = build_processor(tokenizer, SYSTEM_PROMPT + CHAT_TEMPLATE)
     processor.save_pretrained(out)
     # processor_config.json holds these too, but older readers look for files of their own.
     processor.image_processor.save_pretrained(out)
@@ -269,14 +271,15 @@ def _config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_5_VLConfig:
     )
 
 
-def _processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+def build_processor(tokenizer: Qwen2Tokenizer, chat_template: str) -> Qwen2_5_VLProcessor:
+    """Qwen2.5-VL's processor with the small models' limits of picture size."""
     grid = {"size": PIXELS, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL_PATCH}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**grid),
         # A frame has the same limits as a picture; the cap would lower them for long videos.
         video_processor=Qwen2VLVideoProcessor(**grid, cap_pixels_per_frame=False),
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -138,7 +138,8 @@ class Recall:
         heads: `[L, H]` bool, heads whose chunks are in the tier.
         landmark_pages: arena pages for one such head's landmarks.
         least_pages: arena pages that such a head gets at least, landmarks included, but never more than an
-            equal share of the arena. See `budget.least_recall_pages`.
+            equal share of the arena, unless the method itself says what is least. See
+            `budget.least_recall_pages`.
 
     Raises:
         ValueError: least pages that leave no room beside the landmarks.
@@ -200,11 +201,13 @@ class Policy(ABC):
     Attributes:
         name: what users call it.
         recalls: whether its dynamic heads recall chunks, where these found room in a tier.
+        classifier: the classifier that the method defines; None where the server's option decides.
         landmark: the landmark kind that the method defines; None where the server's option decides.
     """
 
     name: ClassVar[str]
     recalls: ClassVar[bool] = False
+    classifier: ClassVar[str | None] = None
     landmark: ClassVar[LandmarkKind | None] = None
 
     def budget_share(self, requested: float) -> float:
@@ -229,7 +232,7 @@ class Policy(ABC):
         # The classifiers are written in terms of this module.
         from hybridkv_vllm.policies.classify import classify
 
-        return classify(scores, options)
+        return classify(scores, replace(options, classifier=self.classifier or options.classifier))
 
     @abstractmethod
     def select(

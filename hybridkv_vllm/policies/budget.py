@@ -1,4 +1,4 @@
-"""Allocates a rank's arena pages to its KV heads, by type and then by head."""
+"""Shares out a rank's arena pages to its KV heads: evenly, by weight, or by type and then by head."""
 
 from __future__ import annotations
 
@@ -91,56 +91,83 @@ def allocate_pages(
     weight = ((1 - sparsity.flatten().double()) * WEIGHT_ONE).long()
     # At least one unit: a head of weight zero still takes what the capped ones leave.
     weight = weight.clamp(min=1).masked_fill(dynamic_flat, 0)
-    static_pages = _share_by_weight(weight, pages - num_dynamic * dynamic_each, num_static, capacity, window)
+    for_static = pages - num_dynamic * dynamic_each
+    divisor = num_static.clamp(min=1)
+    wanted = -(-(10 * window * divisor + PAGE_TOKENS * for_static) // (10 * PAGE_TOKENS * divisor))
+    floor = torch.minimum(wanted, for_static // divisor).clamp(max=capacity)
+    static_pages = share_by_weight(
+        weight, pages=for_static, members=num_static, floor=floor, capacity=capacity
+    )
 
-    left = pages - num_dynamic * dynamic_each - static_pages.sum()
+    left = for_static - static_pages.sum()
     at_least_one = num_dynamic.clamp(min=1)
     earlier_dynamic = dynamic_flat.cumsum(0) - 1
     dynamic_pages = dynamic_each + left // at_least_one + (earlier_dynamic < left % at_least_one)
     return torch.where(dynamic_flat, dynamic_pages, static_pages).view(sparsity.shape)
 
 
-def _share_by_weight(weight: Tensor, pages: Tensor, members: Tensor, capacity: int, window: int) -> Tensor:
-    """Gives each member a floor, then the rest by weight up to `capacity`, the surplus flowing on.
+def share_evenly(pages: int, members: int, device: torch.device) -> Tensor:
+    """An equal share of `pages` for each member, the first ones one page more; `[members]` int64."""
+    each, surplus = divmod(pages, members)
+    return each + (torch.arange(members, device=device) < surplus).long()
+
+
+def floor_pages(pages: int, members: int, window: int, percent: int) -> int:
+    """Pages that each member gets at least, where `pages` are to be shared among them.
+
+    Room for the window and for `percent` of what it leaves of an equal share, in whole pages; at least one
+    page, but never more than an equal share.
+
+    Args:
+        window: tokens of the observation window that need pages.
+    """
+    left = max(0, PAGE_TOKENS * pages - members * window)
+    wanted = -(-(100 * members * window + percent * left) // (100 * members * PAGE_TOKENS))
+    return min(max(1, wanted), pages // members)
+
+
+def share_by_weight(
+    weight: Tensor, *, pages: Tensor | int, members: Tensor | int, floor: Tensor | int, capacity: int
+) -> Tensor:
+    """Gives each member `floor`, then the rest by weight up to `capacity`, the surplus flowing on.
 
     The shares of an endless redistribution of surplus are `min(room, level * weight)` for one common level.
     All members have the same room, so the heaviest are the capped ones, and one pass over the heads in
-    descending weight finds how many. All arithmetic is exact: products stay below 2**63 for 4,096 heads of a
-    million tokens.
+    descending weight finds how many. All arithmetic is exact: `weight * pages` and a row's total weight times
+    `capacity` must stay below 2**63, as they do for 4,096 heads of a million tokens and weights up to
+    `WEIGHT_ONE`. Fractions of a page go to the largest, ties to the heavier, then the first.
 
     Args:
-        weight: `[N]` int64, at least 1 for members, 0 for the others.
-        pages: `[]` int64, to be shared among the members.
-        members: `[]` int64, number of members.
+        weight: `[..., N]` int64, at least 1 for members, 0 for the others. Each row is shared out on its own.
+        pages: to be shared among a row's members; a tensor is `[]` or `[..., 1]`.
+        members: of a row.
+        floor: at most `capacity` and at most an equal share of `pages`.
         capacity: most pages of a member.
-        window: tokens of the observation window that need pages.
 
     Returns:
-        `[N]` int64; sums to `pages`, or to `members * capacity` where that is less.
+        `[..., N]` int64; a row sums to `pages`, or to `members * capacity` where that is less.
     """
-    divisor = members.clamp(min=1)
-    wanted = -(-(10 * window * divisor + PAGE_TOKENS * pages) // (10 * PAGE_TOKENS * divisor))
-    floor = torch.minimum(wanted, pages // divisor).clamp(max=capacity)
     room = capacity - floor
     to_share = pages - members * floor
 
-    heaviest_first, order = weight.sort(descending=True, stable=True)
-    rank = torch.arange(weight.numel(), device=weight.device)
-    weight_from_here = heaviest_first.flip(0).cumsum(0).flip(0)
+    heaviest_first, order = weight.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(weight.shape[-1], device=weight.device)
+    weight_from_here = heaviest_first.flip(-1).cumsum(-1).flip(-1)
     # Would this head overflow if all heavier ones were full?
     overflows = (to_share - rank * room) * heaviest_first > room * weight_from_here
-    full = overflows.sum()
+    full = overflows.sum(-1, keepdim=True)
     is_full = rank < full
 
     open_weight = heaviest_first.masked_fill(is_full, 0)
-    open_total = open_weight.sum().clamp(min=1)
+    open_total = open_weight.sum(-1, keepdim=True).clamp(min=1)
     open_pages = to_share - full * room
     exact = open_weight * open_pages
     whole, fraction = exact // open_total, exact % open_total
     # Fractions sum to the missing pages, so no more than the heads that have a fraction get one.
-    by_fraction = fraction.argsort(descending=True, stable=True)
-    place = torch.zeros_like(rank).scatter(0, by_fraction, rank)
-    rounded = whole + ((place < open_pages - whole.sum()) & (fraction > 0))
+    missing = open_pages - whole.sum(-1, keepdim=True)
+    by_fraction = fraction.argsort(dim=-1, descending=True, stable=True)
+    place = torch.zeros_like(weight).scatter(-1, by_fraction, rank.expand_as(weight))
+    rounded = whole + ((place < missing) & (fraction > 0))
 
     shared = floor + torch.where(is_full, room, rounded)
-    return torch.zeros_like(weight).scatter(0, order, shared.masked_fill(heaviest_first == 0, 0))
+    return torch.zeros_like(weight).scatter(-1, order, shared.masked_fill(heaviest_first == 0, 0))

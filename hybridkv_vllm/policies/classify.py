@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridkv_vllm.policies.base import PolicyOptions, PromptScores, Verdict
-from hybridkv_vllm.policies.scoring import sparsity
+from hybridkv_vllm.policies.scoring import sparsity, visual_mass
 
 TOP_SHARE = 10
 
@@ -20,9 +20,7 @@ def text_mass(scores: PromptScores) -> Tensor:
     Our reading of the paper's "text-centric" attention: a head that looks at the picture keeps its choice.
     Counted as what the visual tokens leave of 1, so that it is exactly 1 for a prompt of text alone.
     """
-    # In fp64, because the order of adding must not show: a layer is judged alone or with others.
-    visual = (scores.mass * scores.is_visual).sum(-1, dtype=torch.float64)
-    return (1 - visual).clamp(min=0).float()
+    return (1 - visual_mass(scores)).clamp(min=0).float()
 
 
 def top_mass(scores: PromptScores) -> Tensor:

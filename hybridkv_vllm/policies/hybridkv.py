@@ -23,7 +23,11 @@ class HybridKV(Policy):
 
     def may_recall(self, has_visual: bool, options: PolicyOptions) -> bool:
         # The text mass of a prompt of text alone is 1, which no theta is above.
-        return has_visual or options.classifier != "text_mass"
+        return has_visual or (self.classifier or options.classifier) != "text_mass"
+
+    def least_pages(self, recall: Recall) -> int:
+        """Pages of a head that recalls which r must not undercut."""
+        return recall.least_pages
 
     def select(
         self,
@@ -41,6 +45,6 @@ class HybridKV(Policy):
             capacity=scores.capacity,
             window=scores.window_in_arena,
             dynamic_share=options.dynamic_share,
-            dynamic_least=settled.least_pages,
+            dynamic_least=self.least_pages(settled),
         )
         return fill_pages(head_pages, text_first(scores), scores, verdict, settled)

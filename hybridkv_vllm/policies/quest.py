@@ -9,6 +9,7 @@ import torch
 from hybridkv_kernels.recall.layout import LandmarkKind
 
 from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.budget import share_evenly
 from hybridkv_vllm.policies.select import fill_pages, settle_recall, window_first
 
 
@@ -41,7 +42,6 @@ class Quest(Policy):
         recall: Recall | None = None,
     ) -> Selection:
         settled = settle_recall(recall, verdict, scores, pages)
-        each, surplus = divmod(min(pages, scores.heads * scores.capacity), scores.heads)
-        rank = torch.arange(scores.heads, device=scores.mass.device)
-        head_pages = each + (rank < surplus).long().view(scores.mass.shape[:2])
+        given = min(pages, scores.heads * scores.capacity)
+        head_pages = share_evenly(given, scores.heads, scores.mass.device).view(scores.mass.shape[:2])
         return fill_pages(head_pages, window_first(scores), scores, verdict, settled)

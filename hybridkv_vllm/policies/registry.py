@@ -5,14 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hybridkv_vllm.policies.adakv import AdaKV
 from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.full import Full
 from hybridkv_vllm.policies.hybridkv import HybridKV
+from hybridkv_vllm.policies.hybridkv_paper import HybridKVPaper
+from hybridkv_vllm.policies.lookm import LookM
+from hybridkv_vllm.policies.pyramidkv import PyramidKV
 from hybridkv_vllm.policies.quest import Quest
 from hybridkv_vllm.policies.snapkv import SnapKV
+from hybridkv_vllm.policies.sparsemm import SparseMM
+from hybridkv_vllm.policies.streamingllm import StreamingLLM
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {policy.name: policy for policy in (Full(), HybridKV(), Quest(), SnapKV())}
+    {
+        policy.name: policy
+        for policy in (
+            AdaKV(),
+            Full(),
+            HybridKV(),
+            HybridKVPaper(),
+            LookM(),
+            PyramidKV(),
+            Quest(),
+            SnapKV(),
+            SparseMM(),
+            StreamingLLM(),
+        )
+    }
 )
 
 

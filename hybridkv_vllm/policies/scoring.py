@@ -26,6 +26,12 @@ def pooled_mass(scores: PromptScores) -> Tensor:
     return torch.cat(pooled, dim=-1)[..., : scores.compressible]
 
 
+def visual_mass(scores: PromptScores) -> Tensor:
+    """Attention mass that the window puts on visual tokens; `[L, H]` fp64 in [0, 1], up to rounding."""
+    # In fp64, because the order of adding must not show: a layer is judged alone or with others.
+    return (scores.mass * scores.is_visual).sum(-1, dtype=torch.float64)
+
+
 def sparsity(scores: PromptScores) -> Tensor:
     """Sparsity S of each KV head: the share of causal (query, key) pairs that do not matter.
 

@@ -83,6 +83,12 @@ def kept_lengths(head_pages: Tensor, scores: PromptScores) -> Tensor:
     return (head_pages * PAGE_TOKENS).clamp(max=scores.compressible)
 
 
+def keep_voted(head_pages: Tensor, scores: PromptScores, verdict: Verdict) -> Selection:
+    """Fills `head_pages` `[L, H]` as SnapKV would: the observation window, then the best-voted tokens."""
+    keep = keep_best(pooled_mass(scores), window_first(scores), kept_lengths(head_pages, scores))
+    return make_selection(keep, verdict)
+
+
 def no_recall(verdict: Verdict) -> Recall:
     """What stands for a recall of no head."""
     return Recall(heads=torch.zeros_like(verdict.dynamic), landmark_pages=0, least_pages=1)

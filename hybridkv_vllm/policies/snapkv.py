@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 
 from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
-from hybridkv_vllm.policies.scoring import pooled_mass
-from hybridkv_vllm.policies.select import keep_best, kept_lengths, make_selection, window_first
+from hybridkv_vllm.policies.select import keep_voted
 
 
 class SnapKV(Policy):
@@ -35,5 +34,4 @@ class SnapKV(Policy):
     ) -> Selection:
         each = pages // scores.heads
         head_pages = torch.full(scores.mass.shape[:2], each, dtype=torch.int64, device=scores.mass.device)
-        keep = keep_best(pooled_mass(scores), window_first(scores), kept_lengths(head_pages, scores))
-        return make_selection(keep, verdict)
+        return keep_voted(head_pages, scores, verdict)

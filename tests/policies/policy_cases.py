@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -121,6 +122,37 @@ def recalls(scores: PromptScores, pages: int, seed: int = 0) -> dict[str, Recall
     return found
 
 
+def floored(pages: int, members: int, window: int, share: Fraction) -> int:
+    """Pages for the window and a share of what it leaves, at least one, at most an equal share."""
+    equal = Fraction(pages, members)
+    wanted = (window + share * max(0, PAGE * equal - window)) / PAGE
+    return min(max(1, math.ceil(wanted)), int(equal))
+
+
+def weighted(weight: list[int], pages: int, floor: int, capacity: int) -> list[int]:
+    """A floor for each, the rest by weight: exact fractions, surplus handed round until none is left."""
+    members = range(len(weight))
+    share = [Fraction(floor)] * len(weight)
+    surplus = Fraction(pages - floor * len(weight))
+    while surplus and (open_members := [member for member in members if share[member] < capacity]):
+        total = sum(weight[member] for member in open_members)
+        grown = {member: share[member] + surplus * weight[member] / total for member in open_members}
+        surplus = sum((max(Fraction(0), value - capacity) for value in grown.values()), Fraction(0))
+        for member, value in grown.items():
+            share[member] = min(value, Fraction(capacity))
+    return rounded(share)
+
+
+def rounded(share: list[Fraction]) -> list[int]:
+    """Whole numbers of the same sum: fractions descending, among equals the larger share, then the first."""
+    whole = [int(value) for value in share]
+    missing = int(sum(share)) - sum(whole)
+    by_fraction = sorted(range(len(share)), key=lambda i: (whole[i] - share[i], -share[i], i))
+    for member in by_fraction[:missing]:
+        whole[member] += 1
+    return whole
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Input of one page allocation, as plain numbers."""
@@ -161,20 +193,6 @@ class Allocation:
 
     def _static_shares(self, static: list[int], pages: int) -> dict[int, int]:
         mean = Fraction(pages, len(static))
-        wanted = (self.window + mean * PAGE / 10) / PAGE
-        floor = min(-(-wanted.numerator // wanted.denominator), int(mean), self.capacity)
-        weight = {head: max(1, int((1 - self.sparsity[head]) * 2**30)) for head in static}
-        share = {head: Fraction(floor) for head in static}
-        surplus = Fraction(pages - floor * len(static))
-        while surplus and (open_heads := [head for head in static if share[head] < self.capacity]):
-            total = sum(weight[head] for head in open_heads)
-            grown = {head: share[head] + surplus * weight[head] / total for head in open_heads}
-            surplus = sum((max(Fraction(0), value - self.capacity) for value in grown.values()), Fraction(0))
-            share |= {head: min(value, Fraction(self.capacity)) for head, value in grown.items()}
-        whole = {head: int(value) for head, value in share.items()}
-        missing = min(pages, self.capacity * len(static)) - sum(whole.values())
-        # Fractions descending; among equals the heavier head, then the first.
-        by_fraction = sorted(static, key=lambda head: (whole[head] - share[head], -weight[head], head))
-        for head in by_fraction[:missing]:
-            whole[head] += 1
-        return whole
+        floor = min(math.ceil((self.window + mean * PAGE / 10) / PAGE), int(mean), self.capacity)
+        weight = [max(1, int((1 - self.sparsity[head]) * 2**30)) for head in static]
+        return dict(zip(static, weighted(weight, pages, floor, self.capacity), strict=True))

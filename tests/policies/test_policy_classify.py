@@ -114,6 +114,15 @@ def test_a_layer_is_judged_as_among_all(policy: str, classifier: str, case: str)
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_the_papers_reading_judges_by_sparsity_whatever_is_asked(classifier: str) -> None:
+    scores = CASES["long"]
+    verdict = POLICIES["hybridkv-paper"].classify(scores, PolicyOptions(classifier=classifier, theta=0.5))
+    usual = classify(scores, PolicyOptions(classifier="sparsity", theta=0.5))
+    assert torch.equal(verdict.figure, verdict.sparsity)
+    assert all(torch.equal(getattr(verdict, name), value) for name, value in vars(usual).items())
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
 def test_quest_calls_every_head_dynamic_and_reports_the_figure(classifier: str) -> None:
     scores, options = CASES["long"], PolicyOptions(classifier=classifier)
     verdict, usual = POLICIES["quest"].classify(scores, options), classify(scores, options)
@@ -130,7 +139,9 @@ def test_a_prompt_of_text_alone_has_no_head_that_recalls_by_its_text_mass() -> N
         options = PolicyOptions(classifier=classifier, theta=1.0)
         found = bool(classify(text, options).dynamic.any())
         assert get_policy("hybridkv").may_recall(False, options) or not found
-        assert get_policy("hybridkv").may_recall(True, options)
-        assert get_policy("quest").may_recall(False, options)
-        assert not get_policy("snapkv").may_recall(True, options)
+        for policy in POLICIES.values():
+            assert policy.may_recall(True, options) == policy.recalls
+        for name in ("hybridkv-paper", "quest"):
+            assert get_policy(name).classify(text, options).dynamic.any()
+            assert get_policy(name).may_recall(False, options)
     assert not get_policy("hybridkv").may_recall(False, PolicyOptions())

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import CASES, PAGE, Allocation, page_counts, random_scores, recalls
+from policy_cases import (
+    CASES,
+    PAGE,
+    Allocation,
+    floored,
+    page_counts,
+    random_scores,
+    recalls,
+    rounded,
+    weighted,
+)
 
 from hybridkv_vllm.policies import (
     CLASSIFIERS,
@@ -22,6 +33,7 @@ from hybridkv_vllm.policies import (
     select,
 )
 
+RECALLING = [name for name, policy in POLICIES.items() if policy.recalls]
 PAGES = tuple(page_counts(CASES["usual"]))
 
 
@@ -40,18 +52,22 @@ def pooled(scores: PromptScores, layer: int, head: int) -> list[float]:
     return [max(mass[max(low, i - 3) : min(high, i + 4)]) for i, (low, high) in enumerate(ends)]
 
 
-def ranked(scores: PromptScores, text_prior: bool, layer: int, head: int) -> list[int]:
-    """Token positions, the first to be kept first."""
-    score = pooled(scores, layer, head)
+def ranked(policy: str, scores: PromptScores, layer: int, head: int, length: int) -> list[int]:
+    """Token positions, the first to be kept first; `length` are going to be."""
+    positions = range(scores.compressible)
+    if policy == "streamingllm":
+        return [*positions[:4], *reversed(positions[4:])]
+    text_prior = policy in ("full", "hybridkv", "hybridkv-paper", "lookm")
+    if policy == "lookm":
+        score, recent = scores.mass[layer, head].tolist(), scores.compressible - length // 2
+    else:
+        score, recent = pooled(scores, layer, head), scores.tokens - scores.window
 
-    def key(position: int) -> tuple[int, float, int]:
-        if position >= scores.tokens - scores.window:
-            kind = 0
-        else:
-            kind = 2 if text_prior and scores.is_visual[position] else 1
-        return kind, -score[position], position
+    def key(position: int) -> tuple[bool, bool, float, int]:
+        late = bool(text_prior and scores.is_visual[position])
+        return position < recent, position < recent and late, -score[position], position
 
-    return sorted(range(scores.compressible), key=key)
+    return sorted(positions, key=key)
 
 
 def best_chunks(scores: PromptScores, layer: int, head: int) -> list[int]:
@@ -63,20 +79,67 @@ def best_chunks(scores: PromptScores, layer: int, head: int) -> list[int]:
     return sorted(chunks, key=lambda chunk: (-score[chunk], chunk))
 
 
+def ada_pages(scores: PromptScores, pages: int, window: int) -> list[int]:
+    """Layers share evenly; a layer's best tokens, whosesoever they are, say how its heads share."""
+    layers, heads = scores.mass.shape[:2]
+    each, surplus = divmod(min(pages, scores.heads * scores.capacity), layers)
+    found = []
+    for layer in range(layers):
+        given = each + (layer < surplus)
+        tokens = [
+            (position < scores.tokens - scores.window, -score, position, head)
+            for head in range(heads)
+            for position, score in enumerate(pooled(scores, layer, head))
+        ]
+        owners = [head for *_, head in sorted(tokens)[: PAGE * given]]
+        weight = [max(1, owners.count(head) - window) for head in range(heads)]
+        floor = floored(each, heads, window, Fraction(1, 5))
+        found += weighted(weight, given, floor, scores.capacity)
+    return found
+
+
+def pyramid_pages(scores: PromptScores, pages: int, window: int) -> list[int]:
+    """Beside the window, from 39 twentieths of the mean down to one; all heads of a layer alike."""
+    layers, heads = scores.mass.shape[:2]
+    column = min(pages // heads, layers * scores.capacity)
+    floor = floored(column, layers, window, Fraction(0))
+    mean = Fraction(column, layers) - floor
+    first = min(mean * Fraction(39, 20), Fraction(scores.capacity - floor))
+    step = 2 * (first - mean) / max(1, layers - 1)
+    share = [mean] if layers == 1 else [first - step * layer for layer in range(layers)]
+    return [floor + whole for whole in rounded(share) for _ in range(heads)]
+
+
+def visual_pages(scores: PromptScores, pages: int, window: int) -> list[int]:
+    """All heads compete by the mass that they put on visual tokens, rounded once."""
+    visual = (scores.mass * scores.is_visual).flatten(0, 1).tolist()
+    mass = torch.tensor([math.fsum(row) for row in visual], dtype=torch.float32).tolist()
+    given = min(pages, scores.heads * scores.capacity)
+    floor = floored(given, scores.heads, window, Fraction(1, 10))
+    return weighted([max(1, int(min(1.0, m) * 2**30)) for m in mass], given, floor, scores.capacity)
+
+
 def expected_pages(
     policy: str, scores: PromptScores, pages: int, options: PolicyOptions, selection: Selection, least: int
 ) -> list[int]:
     """Heads that do not recall are static; the window counts only where it lies in the arena."""
     capacity = scores.compressible // PAGE
-    if policy == "snapkv":
+    window = sum(position >= scores.tokens - scores.window for position in range(scores.compressible))
+    if policy in ("lookm", "snapkv", "streamingllm"):
         return [min(pages // scores.heads, capacity)] * scores.heads
-    dynamic = selection.recalled.flatten().tolist() if policy == "hybridkv" else [True] * scores.heads
+    if policy == "adakv":
+        return ada_pages(scores, pages, window)
+    if policy == "pyramidkv":
+        return pyramid_pages(scores, pages, window)
+    if policy == "sparsemm":
+        return visual_pages(scores, pages, window)
+    hybrid = policy.startswith("hybridkv")
     return Allocation(
         sparsity=selection.sparsity.flatten().tolist(),
-        dynamic=dynamic,
+        dynamic=selection.recalled.flatten().tolist() if hybrid else [True] * scores.heads,
         pages=pages,
         capacity=capacity,
-        window=sum(position >= scores.tokens - scores.window for position in range(scores.compressible)),
+        window=window,
         share_ppm=round(options.dynamic_share * 10**6),
         least=least,
     ).expected()
@@ -90,6 +153,8 @@ def check(
     most = scores.heads * scores.capacity
     in_force = recall if get_policy(policy).recalls and pages < most else None
     landmark_pages, least = (in_force.landmark_pages, in_force.least_pages) if in_force else (0, 0)
+    if policy == "hybridkv-paper" and in_force:
+        least = landmark_pages + 1
 
     assert selection.keep.shape == (layers, heads, scores.compressible)
     assert selection.keep.dtype == selection.dynamic.dtype == selection.recalled.dtype == torch.bool
@@ -129,8 +194,7 @@ def check(
             assert hot >= 1
             assert kept == [PAGE * chunk + token for chunk in chunks for token in range(PAGE)]
         else:
-            text_prior = policy not in ("snapkv", "quest")
-            assert kept == sorted(ranked(scores, text_prior, layer, head)[:length])
+            assert kept == sorted(ranked(policy, scores, layer, head, length)[:length])
         assert dest[layer, head][kept].tolist() == list(range(length))
     assert (dest[~selection.keep] == -1).all()
 
@@ -212,10 +276,10 @@ def test_any_recall_that_fits(data: st.DataObject) -> None:
         classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
         dynamic_share=data.draw(st.floats(0, 1), "dynamic_share"),
     )
-    check(data.draw(st.sampled_from(["hybridkv", "quest"]), "policy"), scores, pages, options, recall)
+    check(data.draw(st.sampled_from(RECALLING), "policy"), scores, pages, options, recall)
 
 
-@pytest.mark.parametrize("policy", ["hybridkv", "quest"])
+@pytest.mark.parametrize("policy", RECALLING)
 def test_landmarks_that_do_not_fit_are_refused(policy: str) -> None:
     scores = CASES["long"]
     recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=7, least_pages=11)
@@ -236,7 +300,7 @@ def test_chunks_compete_by_their_sum_and_ties_go_to_the_lower() -> None:
     assert not select.keep_chunks(score, torch.zeros(1, 2, dtype=torch.int64)).any()
 
 
-@pytest.mark.parametrize("policy", ["hybridkv", "snapkv", "quest"])
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"full", "lookm", "streamingllm"}))
 def test_window_is_kept_wherever_it_fits(policy: str) -> None:
     scores = random_scores(20, tokens=240, window=40, visual=(10, 190))
     in_window = torch.arange(240) >= 200
@@ -282,7 +346,7 @@ def test_broken_scores_never_overrun_the_arena() -> None:
         usual.compressible,
     )
     recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=1, least_pages=2)
-    for policy, classifier in itertools.product(["hybridkv", "snapkv", "quest"], CLASSIFIERS):
+    for policy, classifier in itertools.product(POLICIES.keys() - {"full"}, CLASSIFIERS):
         selection = choose(policy, broken, usual.heads * 2, PolicyOptions(classifier=classifier), recall)
         assert int(selection.pages.sum()) == usual.heads * 2
         assert (selection.lengths[selection.recalled] == PAGE).all()
@@ -290,26 +354,29 @@ def test_broken_scores_never_overrun_the_arena() -> None:
 
 
 def test_budget_share() -> None:
-    assert {name: policy.budget_share(0.1) for name, policy in POLICIES.items()} == {
-        "full": 1.0,
-        "hybridkv": 0.1,
-        "quest": 0.1,
-        "snapkv": 0.1,
-    }
+    for name, policy in POLICIES.items():
+        assert policy.budget_share(0.1) == (1.0 if name == "full" else 0.1)
 
 
-def test_who_recalls_and_by_which_landmarks() -> None:
-    found = {name: (policy.recalls, policy.landmark) for name, policy in POLICIES.items()}
+def test_who_recalls_and_what_each_defines_itself() -> None:
+    found = {name: (policy.recalls, policy.classifier, policy.landmark) for name, policy in POLICIES.items()}
     assert found == {
-        "full": (False, None),
-        "hybridkv": (True, None),
-        "quest": (True, "minmax"),
-        "snapkv": (False, None),
+        "adakv": (False, None, None),
+        "full": (False, None, None),
+        "hybridkv": (True, None, None),
+        "hybridkv-paper": (True, "sparsity", "mean"),
+        "lookm": (False, None, None),
+        "pyramidkv": (False, None, None),
+        "quest": (True, None, "minmax"),
+        "snapkv": (False, None, None),
+        "sparsemm": (False, None, None),
+        "streamingllm": (False, None, None),
     }
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'snap': choose one of full, hybridkv, quest, snapkv"):
+    known = "adakv, full, hybridkv, hybridkv-paper, lookm, pyramidkv, quest, snapkv, sparsemm, streamingllm"
+    with pytest.raises(ValueError, match=f"'snap': choose one of {known}"):
         get_policy("snap")
     with pytest.raises(ValueError, match="'mass': choose one of sparsity, text_mass, top_mass, union"):
         get_policy("snapkv").classify(CASES["usual"], PolicyOptions(classifier="mass"))
