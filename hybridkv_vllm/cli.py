@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridkv_quality import command as evaluation
 from rich.console import Console
 
 from hybridkv_vllm import __version__
@@ -66,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     tiny.add_argument("--force", action="store_true", help="overwrite a folder that is not empty")
     tiny.set_defaults(run=_tiny_model)
+
+    quality = commands.add_parser("eval", help="measure what policies and budgets cost in answers and memory")
+    evaluation.add_arguments(quality)
+    quality.set_defaults(run=evaluation.run)
     return parser
 
 

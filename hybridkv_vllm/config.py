@@ -98,6 +98,11 @@ class ServerOptions(BaseModel):
         return self.dynamic_tier if POLICIES[self.policy].recalls else "off"
 
     @property
+    def classifier_name(self) -> str:
+        """The classifier in use: the policy's own, where it defines one."""
+        return POLICIES[self.policy].classifier or self.classifier
+
+    @property
     def landmark_kind(self) -> LandmarkKind:
         """The landmark kind in use: the policy's own, where it defines one."""
         return POLICIES[self.policy].landmark or self.landmark

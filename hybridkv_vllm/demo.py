@@ -1,16 +1,20 @@
-"""`make demo`: serves a small model, asks about a real photograph, shows what compression saved."""
+"""`make demo`: serves the small trained model, asks about real pictures, shows what compression saved."""
 
 from __future__ import annotations
 
-import base64
-import io
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from hybridkv_quality.chat import http_chat
+from hybridkv_quality.model_path import model_folder
+from hybridkv_quality.sample import Sample
+from hybridkv_quality.tasks import suite_samples
 from openai import OpenAI
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -18,19 +22,15 @@ from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import RequestHeads
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
-from hybridkv_vllm.tiny_model import sample_picture, write_tiny_model
 
-BUDGET = 0.25
-QUESTION = "Who is in the picture, and what does she wear?"
-MAX_ANSWER_TOKENS = 48
+BUDGET = 0.10
+PROMPT_TOKENS = 2048
+MODEL_NAME = "dominoes"
 SERVER_ARGUMENTS = (
     "--attention-backend",
     "hybridkv",
     "--additional-config.hybridkv.budget",
     str(BUDGET),
-    # The small model sees the photograph as a few hundred tokens.
-    "--additional-config.hybridkv.min_prompt_tokens",
-    "128",
     "--max-model-len",
     "8192",
     "--max-num-seqs",
@@ -38,45 +38,43 @@ SERVER_ARGUMENTS = (
     "--max-num-batched-tokens",
     "2048",
     "--served-model-name",
-    "tiny",
+    MODEL_NAME,
+    "--limit-mm-per-prompt",
+    '{"image": 16}',
 )
 
 
-def picture_url() -> str:
-    """The photograph as a data URL."""
-    buffer = io.BytesIO()
-    sample_picture().save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def ask(console: Console, server: Server) -> int:
-    """Streams one answer; returns the prompt's length in tokens."""
+def ask(console: Console, server: Server, sample: Sample) -> tuple[str, int]:
+    """Streams one answer; returns it and the prompt's length in tokens."""
     client = OpenAI(base_url=server.url + "/v1", api_key="none")
+    messages: Any = http_chat(sample)
     stream = client.chat.completions.create(
-        model="tiny",
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": picture_url()}},
-                    {"type": "text", "text": QUESTION},
-                ],
-            }
-        ],
-        max_tokens=MAX_ANSWER_TOKENS,
+        model=MODEL_NAME,
+        messages=messages,
+        max_tokens=sample.max_tokens,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )
-    prompt_tokens = 0
-    console.print(f"[bold]question:[/] {QUESTION}\n[bold]answer:[/] ", end="")
+    answer, prompt_tokens = "", 0
+    console.print("[bold]answer:[/]  ", end="")
     for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content:
-            console.print(chunk.choices[0].delta.content, end="", markup=False, highlight=False)
+            piece = chunk.choices[0].delta.content
+            console.print(piece, end="", markup=False, highlight=False)
+            answer += piece
         if chunk.usage:
             prompt_tokens = chunk.usage.prompt_tokens
-    console.print("\n")
-    return prompt_tokens
+    console.print()
+    return answer.strip(), prompt_tokens
+
+
+def save_pictures(sample: Sample, folder: Path) -> int:
+    """Writes what the model is shown, to be looked at; returns how many."""
+    pictures = [part for part in sample.messages[0].parts if isinstance(part, Image.Image)]
+    for number, picture in enumerate(pictures, start=1):
+        picture.save(folder / f"picture-{number}.png")
+    return len(pictures)
 
 
 def saved_table(prompt_tokens: int, stats: Stats, heads: RequestHeads) -> Table:
@@ -99,19 +97,23 @@ def saved_table(prompt_tokens: int, stats: Stats, heads: RequestHeads) -> Table:
 
 
 def main() -> int:
-    """Runs the demo; exit code 1 if the server fails or nothing was compressed."""
+    """Runs the demo; exit code 1 if the server fails, nothing was compressed, or the answer is wrong."""
     console = Console()
     folder = Path(tempfile.mkdtemp(prefix="hybridkv-demo-"))
+    (sample,) = suite_samples(["chain"], tokens=PROMPT_TOKENS, contexts=1)
     started = time.monotonic()
     try:
         with ExitStack() as running:
-            with console.status("writing a small Qwen2.5-VL with random weights ..."):
-                model = write_tiny_model(folder / "tiny-qwen2.5-vl")
             with console.status("starting vllm serve --attention-backend hybridkv ..."):
-                server = running.enter_context(serve(model, SERVER_ARGUMENTS, folder / "server.log"))
+                server = running.enter_context(serve(model_folder(), SERVER_ARGUMENTS, folder / "server.log"))
             console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
-            console.print("[dim]random weights answer with noise; the memory is real[/]\n")
-            prompt_tokens = ask(console, server)
+            count = save_pictures(sample, folder)
+            console.print(
+                f"[dim]{count} pictures in {folder}: each domino has a name (colour and letter) on its left "
+                "and points to the next one on its right[/]\n"
+            )
+            console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, eight dominoes far")
+            answer, prompt_tokens = ask(console, server, sample)
             stats = Stats.model_validate(server.get("/hybridkv/stats").json())
             heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
     except ServerFailed as error:
@@ -120,6 +122,10 @@ def main() -> int:
     if not stats.requests_compressed or not heads:
         console.print(f"[bold red]nothing was compressed[/]; see {folder / 'server.log'}")
         return 1
+    if answer != sample.answer:
+        console.print(f"[bold red]wrong[/], the pictures say: {sample.answer}", highlight=False)
+        return 1
+    console.print("[bold green]right[/], word for word\n")
     console.print(saved_table(prompt_tokens, stats, heads[0]))
     console.print(
         "[dim]Static heads are pruned for good. Dynamic heads keep all of the prompt in host memory and "

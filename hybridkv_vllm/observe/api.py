@@ -100,7 +100,7 @@ class HybridKVEndpoints:
         def heads() -> HeadsResponse:
             return HeadsResponse(
                 requests=read_heads(),
-                classifier=self._options.classifier if self._options else None,
+                classifier=self._options.classifier_name if self._options else None,
                 theta=self._options.theta if self._options else None,
             )
 

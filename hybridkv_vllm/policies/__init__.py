@@ -1,7 +1,7 @@
 """Methods that choose what stays of a prompt's KV cache: pure torch, without vLLM."""
 
 from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
-from hybridkv_vllm.policies.budget import least_recall_pages
+from hybridkv_vllm.policies.budget import recall_limits
 from hybridkv_vllm.policies.classify import CLASSIFIERS
 from hybridkv_vllm.policies.registry import POLICIES, get_policy
 
@@ -15,5 +15,5 @@ __all__ = [
     "Selection",
     "Verdict",
     "get_policy",
-    "least_recall_pages",
+    "recall_limits",
 ]

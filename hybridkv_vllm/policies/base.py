@@ -137,19 +137,24 @@ class Recall:
     Attributes:
         heads: `[L, H]` bool, heads whose chunks are in the tier.
         landmark_pages: arena pages for one such head's landmarks.
-        least_pages: arena pages that such a head gets at least, landmarks included, but never more than an
-            equal share of the arena, unless the method itself says what is least. See
-            `budget.least_recall_pages`.
+        least_pages: arena pages that such a head should get at least, landmarks included, as far as there are
+            as many (see `budget.allocate_pages`), unless the method itself says what is least.
+        most_heads: how many of them may recall, the most dynamic ones first.
+
+    `budget.recall_limits` finds the last two.
 
     Raises:
-        ValueError: least pages that leave no room beside the landmarks.
+        ValueError: least pages that leave no room beside the landmarks, or a negative number of heads.
     """
 
     heads: Tensor
     landmark_pages: int
     least_pages: int
+    most_heads: int
 
     def __post_init__(self) -> None:
+        if self.most_heads < 0:
+            raise ValueError(f"most_heads must not be negative, got {self.most_heads}")
         if not 0 <= self.landmark_pages < self.least_pages:
             raise ValueError(
                 f"least_pages must be more than landmark_pages, got {self.least_pages} "
@@ -254,6 +259,6 @@ class Policy(ABC):
                 everything, everything is kept and nothing recalled.
 
         Raises:
-            ValueError: a policy that cannot work with `pages`, or an equal share of `pages` that does not
-                hold the landmarks of `recall` and a chunk.
+            ValueError: a policy that cannot work with `pages`, or `pages` that do not hold the landmarks of
+                `recall` and a chunk for as many heads as may recall.
         """

@@ -15,25 +15,56 @@ LEAST_HOT = 4
 LEAST_HOT_ONE_IN = 50
 
 
-def least_recall_pages(equal_share: int, num_chunks: int, landmark_pages: int) -> int | None:
-    """Pages that a recalling head gets at least: its landmarks and 2% of its chunks, no fewer than 4.
+def pruned_floor(window: int) -> int:
+    """Pages that recalling heads leave to each other one, on average: the window's, and one beside it.
 
-    `dynamic_share` of an equal share alone would, at small budgets, leave next to nothing beside the
-    landmarks, which do not shrink with the budget; and a few well chosen chunks are worth more than pruning
-    at several times their number. The two numbers are ours.
+    However these are weighted, `allocate_pages` then gives each at least the window's, and one.
 
     Args:
-        equal_share: whole pages of the arena for each KV head.
+        window: tokens of the observation window that need pages.
+    """
+    return -(-window // PAGE_TOKENS) + 1
+
+
+def heads_that_fit(pages: int, heads: int, least: int, window: int) -> int:
+    """KV heads that can have `least` pages each beside `pruned_floor` for every other one.
+
+    All of them where an equal share is that much, whatever the others would need. Never falls as pages grow.
+    """
+    if pages >= heads * least:
+        return heads
+    spare = pages - heads * pruned_floor(window)
+    # Only a floor below an equal share leaves anything to spare, so it is below `least` too.
+    return spare // (least - pruned_floor(window)) if spare > 0 else 0
+
+
+def recall_limits(
+    pages: int, heads: int, num_chunks: int, landmark_pages: int, window: int
+) -> tuple[int, int] | None:
+    """How many pages a recalling head should have at least, and how many heads may recall.
+
+    The least is the head's landmarks and 2% of its chunks, no fewer than 4. `dynamic_share` of an equal share
+    alone would, at small budgets, leave next to nothing beside the landmarks, which do not shrink with the
+    budget; and a few well chosen chunks are worth more than pruning at several times their number. As many
+    heads may recall as fit with 4 chunks each: a few that recall can save an answer that none would. The
+    numbers are ours.
+
+    Args:
+        pages: pages of this rank's arena for all KV heads.
+        heads: KV heads of this rank, L * H.
         num_chunks: chunks of the prompt that a head would recall from.
         landmark_pages: arena pages for one head's landmarks.
+        window: tokens of the observation window that need pages.
 
     Returns:
-        At most `equal_share`. None where a head should not recall: `equal_share >= num_chunks` pages keep
-        every chunk as it is, or they do not hold the landmarks and 4 chunks.
+        Least pages and most heads, at least one. None where no head should recall: `pages` keep every chunk
+        as it is, a head with 4 chunks takes as much as all of its prompt, or not even one such head fits.
     """
-    if equal_share >= num_chunks or equal_share < landmark_pages + LEAST_HOT:
+    smallest = landmark_pages + LEAST_HOT
+    most_heads = heads_that_fit(pages, heads, smallest, window)
+    if pages >= heads * num_chunks or smallest >= num_chunks or most_heads < 1:
         return None
-    return min(equal_share, landmark_pages + max(LEAST_HOT, -(-num_chunks // LEAST_HOT_ONE_IN)))
+    return landmark_pages + max(LEAST_HOT, -(-num_chunks // LEAST_HOT_ONE_IN)), most_heads
 
 
 def allocate_pages(
@@ -49,12 +80,12 @@ def allocate_pages(
     """Shares out `pages` top-down: dynamic against static heads, then KV head by KV head.
 
     With both types present each dynamic head gets `dynamic_share * pages / (L * H)` rounded down to whole
-    pages (landmarks come out of these), but at least `dynamic_least`, itself no more than an equal share in
-    whole pages, and at least one page where every head can have one. Static heads share the rest: a floor of
-    the window plus a tenth of their mean, then by weight `1 - S`, at most `capacity` each. What the capped
-    ones leave goes to the other static heads, and to the dynamic heads once all static ones are capped. Where
-    one type is empty the other gets all. Exactly `min(pages, L * H * capacity)` pages are given; fractions go
-    to the largest, ties to the first head.
+    pages (landmarks come out of these), but at least `dynamic_least`, as far as an equal share goes or, if
+    that is more, what `pruned_floor` for every static head leaves; and at least one page where every head can
+    have one. Static heads share the rest: a floor of the window plus a tenth of their mean, then by weight
+    `1 - S`, at most `capacity` each. What the capped ones leave goes to the other static heads, and to the
+    dynamic heads once all static ones are capped. Where one type is empty the other gets all. Exactly
+    `min(pages, L * H * capacity)` pages are given; fractions go to the largest, ties to the first head.
 
     Source: type level by a coefficient r, static by sparsity weight and dynamic uniform are the paper's; the
     value of r, the least of a dynamic head, the weight `1 - S` and the floor are our reading.
@@ -85,8 +116,10 @@ def allocate_pages(
     num_static = heads - num_dynamic
     equal_share = pages // heads
     by_share = pages * round(dynamic_share * SHARE_ONE) // (heads * SHARE_ONE)
-    beside_static = max(by_share, min(max(1, dynamic_least), equal_share))
-    dynamic_each = torch.where(num_static > 0, beside_static, equal_share)
+    at_least_one = num_dynamic.clamp(min=1)
+    affordable = (pages - num_static * pruned_floor(window)) // at_least_one
+    least = affordable.clamp(min=equal_share).clamp(max=min(max(1, dynamic_least), capacity))
+    dynamic_each = torch.where(num_static > 0, least.clamp(min=by_share), equal_share)
 
     weight = ((1 - sparsity.flatten().double()) * WEIGHT_ONE).long()
     # At least one unit: a head of weight zero still takes what the capped ones leave.
@@ -100,7 +133,6 @@ def allocate_pages(
     )
 
     left = for_static - static_pages.sum()
-    at_least_one = num_dynamic.clamp(min=1)
     earlier_dynamic = dynamic_flat.cumsum(0) - 1
     dynamic_pages = dynamic_each + left // at_least_one + (earlier_dynamic < left % at_least_one)
     return torch.where(dynamic_flat, dynamic_pages, static_pages).view(sparsity.shape)

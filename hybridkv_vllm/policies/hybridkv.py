@@ -12,10 +12,10 @@ from hybridkv_vllm.policies.select import fill_pages, settle_recall, text_first
 class HybridKV(Policy):
     """HybridKV (Zeng et al., ACL 2026): classify, allocate top-down, prune text-prior or recall chunks.
 
-    Static heads are pruned for good. Dynamic heads whose chunks found room in a tier share the type-level
-    budget of dynamic heads, landmarks included, and start with the chunks that the observation window looks
-    at; the others are allocated and pruned as static ones. What is the paper's and what is our reading is
-    said in `scoring`, `classify`, `budget` and `select`.
+    Static heads are pruned for good. Dynamic heads whose chunks found room in a tier, as many as the arena
+    holds and the most dynamic first, share the type-level budget of dynamic heads, landmarks included, and
+    start with the chunks that the observation window looks at; the others are allocated and pruned as static
+    ones. What is the paper's and what is our reading is said in `scoring`, `classify`, `budget` and `select`.
     """
 
     name: ClassVar[str] = "hybridkv"

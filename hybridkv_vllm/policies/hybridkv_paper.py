@@ -20,8 +20,8 @@ class HybridKVPaper(HybridKV):
     lets r alone decide what a dynamic head gets, though no less than its landmarks and one chunk.
 
     Still our reading, because the paper's formulas are not known to us: those of sparsity, weight and floor,
-    the value of r, and that the observation window says which chunks are hot at first. Ours is also that no
-    head recalls where an equal share does not hold the landmarks and a handful of chunks.
+    the value of r, and that the observation window says which chunks are hot at first. Ours is also that only
+    as many heads recall, the most dynamic first, as the arena holds with landmarks and a handful of chunks.
     """
 
     name: ClassVar[str] = "hybridkv-paper"

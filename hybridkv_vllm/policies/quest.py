@@ -9,7 +9,7 @@ import torch
 from hybridkv_kernels.recall.layout import LandmarkKind
 
 from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
-from hybridkv_vllm.policies.budget import share_evenly
+from hybridkv_vllm.policies.budget import allocate_pages
 from hybridkv_vllm.policies.select import fill_pages, settle_recall, window_first
 
 
@@ -20,9 +20,10 @@ class Quest(Policy):
     score is the largest product with the query that these bounds allow; each step attends to the pages with
     the highest scores. There all KV stays on the GPU, each head chooses on its own, and the first two layers
     stay dense. Ours: one choice per KV head, for its whole query group; every layer recalls; the bounds come
-    out of the same budget as the chunks, and all heads share it evenly, to the page; the observation window
-    says which chunks are hot at first. Heads that found no room in the tier are pruned as `SnapKV` would: the
-    window, then its best-voted tokens.
+    out of the same budget as the chunks, and all heads share it evenly; the observation window says which
+    chunks are hot at first. Where the arena does not hold every head's bounds and a handful of chunks, the
+    heads with the classifier's lowest figures recall and get that much. Those that do not, or found no room
+    in the tier, share the rest and are pruned as `SnapKV` would: the window, then its best-voted tokens.
     """
 
     name: ClassVar[str] = "quest"
@@ -42,6 +43,13 @@ class Quest(Policy):
         recall: Recall | None = None,
     ) -> Selection:
         settled = settle_recall(recall, verdict, scores, pages)
-        given = min(pages, scores.heads * scores.capacity)
-        head_pages = share_evenly(given, scores.heads, scores.mass.device).view(scores.mass.shape[:2])
+        head_pages = allocate_pages(
+            torch.zeros_like(verdict.sparsity),
+            settled.heads,
+            pages=pages,
+            capacity=scores.capacity,
+            window=scores.window_in_arena,
+            dynamic_share=1.0,
+            dynamic_least=settled.least_pages,
+        )
         return fill_pages(head_pages, window_first(scores), scores, verdict, settled)

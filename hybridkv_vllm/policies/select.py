@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.policies.base import PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.budget import heads_that_fit
 from hybridkv_vllm.policies.scoring import pooled_mass
 
 POSITION_BITS = 30
@@ -91,23 +92,31 @@ def keep_voted(head_pages: Tensor, scores: PromptScores, verdict: Verdict) -> Se
 
 def no_recall(verdict: Verdict) -> Recall:
     """What stands for a recall of no head."""
-    return Recall(heads=torch.zeros_like(verdict.dynamic), landmark_pages=0, least_pages=1)
+    return Recall(heads=torch.zeros_like(verdict.dynamic), landmark_pages=0, least_pages=1, most_heads=0)
 
 
 def settle_recall(recall: Recall | None, verdict: Verdict, scores: PromptScores, pages: int) -> Recall:
-    """The recall that takes place: of dynamic heads alone, and of none where `pages` hold everything.
+    """The recall that takes place: of the most dynamic heads, and of none where `pages` hold everything.
+
+    Those of the dynamic heads in the tier recall whose figures are the lowest, `most_heads` at most, ties to
+    the first.
 
     Raises:
-        ValueError: an equal share of `pages` that does not hold the landmarks and a chunk.
+        ValueError: `pages` that do not hold the landmarks and a chunk for `most_heads`.
     """
     if recall is None or pages >= scores.heads * scores.capacity:
         return no_recall(verdict)
-    equal_share = pages // scores.heads
-    if equal_share <= recall.landmark_pages:
+    most = min(recall.most_heads, scores.heads)
+    if most > heads_that_fit(pages, scores.heads, recall.landmark_pages + 1, scores.window_in_arena):
         raise ValueError(
-            f"{recall.landmark_pages} landmark pages and a chunk do not fit in {equal_share} pages a head"
+            f"{recall.landmark_pages} landmark pages and a chunk for each of {most} heads "
+            f"do not fit in {pages} pages of {scores.heads} heads"
         )
-    return replace(recall, heads=recall.heads & verdict.dynamic)
+    candidates = recall.heads & verdict.dynamic
+    by_figure = verdict.figure.masked_fill(~candidates, torch.inf).flatten().argsort(stable=True)
+    # The inverse of a permutation is its order.
+    place = by_figure.argsort().view(candidates.shape)
+    return replace(recall, heads=candidates & (place < most))
 
 
 def fill_pages(

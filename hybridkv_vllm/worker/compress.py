@@ -34,13 +34,15 @@ class Compression:
         grant: what the scheduler decided about the prompt.
         selection: what stays, on the device.
         reservation: host memory for the chunks of the heads that recall; None without a host tier.
-        pruned_because: why heads that were found dynamic do not recall; None where they need not.
+        recalls: whether dynamic heads ought to recall, so that those that do not are counted.
+        store_end: as `RecallBeginning` says; None where no head could recall.
     """
 
     grant: ArenaGrant
     selection: Selection
     reservation: Reservation | None
-    pruned_because: str | None
+    recalls: bool
+    store_end: Tensor | None
 
 
 class PrefillEnd:
@@ -137,14 +139,16 @@ class PrefillEnd:
         arena = tables.decode.arena[self._slot, : plan.arena_size]
         compact(tables.pool, dest, blocks, arena, extents, backend=self._backend)
         if recall is not None:
-            recall.finish(tables.pool, blocks, arena, extents, dest)
+            recall.finish(selection.recalled, tables.pool, blocks, arena, extents, dest)
         tables.decode.extents[self._slot].copy_(extents)
         tables.decode.tail_start[self._slot].fill_(plan.num_full_blocks * PAGE_TOKENS)
-        if recall is not None:
-            reason: str | None = NO_ROOM_ON_HOST
-        else:
-            reason = NO_ROOM_FOR_LANDMARKS if tables.recall is not None and plan.recalls else None
-        return Compression(self._grant, selection, recall.reservation if recall else None, reason)
+        return Compression(
+            grant=self._grant,
+            selection=selection,
+            reservation=None if recall is None else recall.reservation,
+            recalls=tables.recall is not None and plan.recalls,
+            store_end=None if recall is None else recall.store_end,
+        )
 
 
 class CompressionLog:
@@ -173,7 +177,7 @@ class CompressionLog:
 
     def record(self, compression: Compression) -> None:
         """Starts the copy of what a compression decided for each head."""
-        selection = compression.selection
+        selection, store_end = compression.selection, compression.store_end
         figures = torch.stack(
             [
                 part.double()
@@ -183,6 +187,7 @@ class CompressionLog:
                     selection.recalled,
                     selection.pages,
                     selection.lengths,
+                    torch.zeros_like(selection.pages) if store_end is None else store_end,
                 )
             ]
         )
@@ -201,12 +206,15 @@ class CompressionLog:
 
     def _count_compression(self, figures: Tensor, compression: Compression) -> None:
         grant = compression.grant
-        figure, dynamic, recalled, pages, lengths = figures
-        num_dynamic, num_recalled = int(dynamic.sum()), int(recalled.sum())
+        figure, dynamic, recalled, pages, lengths, store_end = figures
+        num_dynamic = int(dynamic.sum())
         if compression.reservation is not None and self._recall is not None and self._recall.tier is not None:
-            self._recall.tier.trim(compression.reservation, num_recalled * grant.plan.num_full_blocks)
-        if compression.pruned_because is not None and num_dynamic > num_recalled:
-            self._metrics.heads_pruned(compression.pruned_because, num_dynamic - num_recalled)
+            # Chunks of heads that do not recall after all lie in between.
+            self._recall.tier.trim(compression.reservation, int((store_end * recalled).max()))
+        if compression.recalls:
+            num_in_tier = num_dynamic if compression.store_end is None else int((store_end > 0).sum())
+            self._count_pruned(NO_ROOM_ON_HOST, num_dynamic - num_in_tier)
+            self._count_pruned(NO_ROOM_FOR_LANDMARKS, num_in_tier - int(recalled.sum()))
         # The prompt's partial last block stays in the tail, for every head.
         kept = float(lengths.mean()) + grant.plan.num_tokens % PAGE_TOKENS
         self._metrics.compressed(kept, dynamic.numel() - num_dynamic, num_dynamic)
@@ -220,6 +228,11 @@ class CompressionLog:
             pages.int().tolist(),
             lengths.int().tolist(),
         )
+
+    def _count_pruned(self, reason: str, num_heads: int) -> None:
+        """Counts heads that were found dynamic and yet pruned."""
+        if num_heads > 0:
+            self._metrics.heads_pruned(reason, num_heads)
 
     def _count_chunks(self, recall: RecallState) -> None:
         """One copy of the device's counters is under way at a time; what it brings counts a step later."""

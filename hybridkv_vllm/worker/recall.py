@@ -18,8 +18,8 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.plan import PromptPlan
-from hybridkv_vllm.policies import Recall, least_recall_pages
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan
+from hybridkv_vllm.policies import Recall, recall_limits
 from hybridkv_vllm.worker.host_tier import HostTier, Reservation
 from hybridkv_vllm.worker.tables import CacheShape
 
@@ -132,12 +132,17 @@ class RecallBeginning:
     """One prompt's heads on their way to recalling, alive during the forward that ends the prefill.
 
     Which heads are dynamic is known on the device only. The host reserves store blocks for all heads, or as
-    many as are free; dynamic heads take their share in (layer, KV head) order until it is used up.
+    many as are free; dynamic heads take their share in (layer, KV head) order until it is used up. Which of
+    these recall is known after the last layer, when the others' chunks are in the tier already.
 
     Attributes:
         reservation: the request's store blocks; None where chunks stay in the prompt's blocks.
         position_pages: arena pages that the tokens' positions take, before all heads' pages.
+        store_end: `[L, H]` int32, once finished: the store page after the head's last one, 0 of a head that
+            found no room in the tier. Of heads that recall, and of those that do not after all.
     """
+
+    store_end: Tensor
 
     def __init__(
         self,
@@ -146,6 +151,7 @@ class RecallBeginning:
         slot: int,
         plan: PromptPlan,
         least_pages: int,
+        most_heads: int,
     ) -> None:
         """Reserves host memory; see `begin_recall`."""
         self._state = state
@@ -153,6 +159,7 @@ class RecallBeginning:
         self._slot = slot
         self._chunks = plan.num_full_blocks
         self._least_pages = least_pages
+        self._most_heads = most_heads
         layout = state.landmarks.layout
         self._landmark_pages = layout.pages(self._chunks)
         self.position_pages = layout.position_pages(self._chunks)
@@ -210,12 +217,21 @@ class RecallBeginning:
 
     def recall(self) -> Recall:
         """What the policy allocates for, once all layers have been taken."""
-        return Recall(torch.cat(self._heads), self._landmark_pages, self._least_pages)
+        return Recall(torch.cat(self._heads), self._landmark_pages, self._least_pages, self._most_heads)
 
-    def finish(self, pool: Tensor, blocks: Tensor, arena: Tensor, extents: Tensor, dest: Tensor) -> None:
+    def finish(
+        self,
+        recalled: Tensor,
+        pool: Tensor,
+        blocks: Tensor,
+        arena: Tensor,
+        extents: Tensor,
+        dest: Tensor,
+    ) -> None:
         """Builds the landmarks, and lets the main stream wait for the copies: after it the blocks may go.
 
         Args:
+            recalled: `[L, H]` bool, heads that recall, of those in the tier.
             pool: all pages.
             blocks: `[n]` int32, the prompt's full blocks.
             arena: `[A]` int32, the arena's blocks.
@@ -223,6 +239,10 @@ class RecallBeginning:
             dest: `[L, H, 16 * n]` int32, as `compact` was given.
         """
         state = self._state
+        chunk_first = state.tables.chunk_first[self._slot]
+        self.store_end = torch.where(chunk_first >= 0, chunk_first + self._chunks, 0)
+        # A copy still under way may see it: it is of no use to a head that does not recall.
+        chunk_first.masked_fill_(~recalled, -1)
         positions = None
         if state.landmarks.layout.position_axes:
             assert state.read_positions is not None
@@ -232,7 +252,7 @@ class RecallBeginning:
             blocks,
             arena,
             extents,
-            state.tables.chunk_first[self._slot],
+            chunk_first,
             dest,
             state.landmarks,
             positions,
@@ -247,16 +267,16 @@ def begin_recall(
 ) -> RecallBeginning | None:
     """Begins the recall of a prompt; None where its heads will not.
 
-    That is so without a tier, where the arena holds every chunk as it is, and where an equal share of it
-    cannot hold a head's landmarks and a handful of chunks (`least_recall_pages`).
+    That is so without a tier, where the arena holds every chunk as it is, and where it cannot hold a single
+    head's landmarks and a handful of chunks beside the other heads (`recall_limits`).
     """
     if state is None or not plan.recalls:
         return None
     chunks = plan.num_full_blocks
     layout = state.landmarks.layout
     heads = shape.num_layers * shape.num_kv_heads
-    equal_share = plan.arena_size - -(-layout.position_pages(chunks) // heads)
-    least_pages = least_recall_pages(equal_share, chunks, layout.pages(chunks))
-    if least_pages is None:
-        return None
-    return RecallBeginning(state, shape, slot, plan, least_pages)
+    pages = plan.arena_size * heads - layout.position_pages(chunks)
+    # The window's last tokens are in the prompt's partial block, which stays in the tail.
+    window = max(0, plan.window - plan.num_tokens % PAGE_TOKENS)
+    limits = recall_limits(pages, heads, chunks, layout.pages(chunks), window)
+    return None if limits is None else RecallBeginning(state, shape, slot, plan, *limits)

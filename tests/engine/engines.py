@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,52 @@ def engine(
         cleanup_dist_env_and_memory()
         gc.collect()
         torch._dynamo.reset()
+
+
+def random_arrivals(
+    ours: Engine,
+    dice: random.Random,
+    new_request: Callable[[int], tuple[Ask, Mapping[str, Any]]],
+    *,
+    number: int,
+    arrives: float,
+    aborted: float,
+    after_step: Callable[[], None] = lambda: None,
+) -> int:
+    """Requests arrive between steps, and are aborted anywhere: while waiting, in prefill, while decoding.
+
+    Args:
+        new_request: the n-th request, and how to sample beyond what it says itself.
+        number: of requests.
+        arrives: chance of another request before a step.
+        aborted: chance that a step begins with one request fewer.
+
+    Returns:
+        Aborted requests. All others have finished.
+    """
+    vllm_engine = ours.llm.llm_engine
+    live: list[str] = []
+    arrived = num_finished = num_aborted = 0
+    while arrived < number or vllm_engine.has_unfinished_requests():
+        while arrived < number and dice.random() < arrives:
+            ask, sampling = new_request(arrived)
+            vllm_engine.add_request(str(arrived), ask.prompt(), ask.sampling(**sampling))
+            live.append(str(arrived))
+            arrived += 1
+        if live and dice.random() < aborted:
+            victim = dice.choice(live)
+            vllm_engine.abort_request([victim])
+            live.remove(victim)
+            num_aborted += 1
+        for output in vllm_engine.step():
+            if output.finished:
+                num_finished += 1
+                if output.request_id in live:
+                    live.remove(output.request_id)
+        after_step()
+    assert not live
+    assert num_finished + num_aborted == number
+    return num_aborted
 
 
 def schedule_asynchronously(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from engines import (
     engine,
     lifecycle_asks,
     picture,
+    random_arrivals,
     schedule_asynchronously,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -216,38 +217,20 @@ def test_random_arrivals_aborts_and_preemptions_leave_nothing_behind(
     if scheduling == "async":
         schedule_asynchronously(monkeypatch)
     dice = random.Random(5)
+
+    def new_request(number: int) -> tuple[Ask, dict[str, Any]]:
+        pictures = (picture(112, 112, number),) if dice.random() < 0.3 else ()
+        ask = Ask("", f"{dice.random()} " + SCENE * dice.randrange(1, 14), pictures)
+        extra = {"hybridkv_budget": dice.choice([0.1, 0.25, 0.5])} if dice.random() < 0.5 else None
+        return ask, {"max_tokens": dice.randrange(1, 60), "extra_args": extra}
+
     settings: dict[str, Any] = {
         "num_gpu_blocks_override": 48,
         "max_model_len": 480,
         "max_num_batched_tokens": 112,
     }
     with engine(tiny_model, options=QUARTER, **settings) as ours:
-        vllm_engine = ours.llm.llm_engine
-        live: dict[str, int] = {}
-        finished = aborted = arrived = 0
-        while arrived < 40 or vllm_engine.has_unfinished_requests():
-            while arrived < 40 and dice.random() < 0.5:
-                pictures = (picture(112, 112, arrived),) if dice.random() < 0.3 else ()
-                ask = Ask("", f"{dice.random()} " + SCENE * dice.randrange(1, 14), pictures)
-                extra = {"hybridkv_budget": dice.choice([0.1, 0.25, 0.5])} if dice.random() < 0.5 else None
-                vllm_engine.add_request(
-                    str(arrived),
-                    ask.prompt(),
-                    ask.sampling(max_tokens=dice.randrange(1, 60), extra_args=extra),
-                )
-                live[str(arrived)] = arrived
-                arrived += 1
-            if live and dice.random() < 0.12:
-                victim = dice.choice(list(live))
-                vllm_engine.abort_request([victim])
-                del live[victim]
-                aborted += 1
-            for output in vllm_engine.step():
-                if output.finished:
-                    live.pop(output.request_id, None)
-                    finished += 1
-        assert not live
-        assert finished + aborted == arrived
+        aborted = random_arrivals(ours, dice, new_request, number=40, arrives=0.5, aborted=0.12)
         assert aborted > 3
         assert ours.preemptions > 0
         ours.assert_empty()

@@ -22,13 +22,14 @@ from engines import (
     assert_same,
     engine,
     picture,
+    random_arrivals,
     schedule_asynchronously,
     video,
 )
 from hybridkv_kernels.recall.layout import LandmarkLayout
 from hybridkv_kernels.recall.reading import positions_of
 
-from hybridkv_vllm.observe.heads import RequestHeads, read_heads
+from hybridkv_vllm.observe.heads import Head, RequestHeads, read_heads
 from hybridkv_vllm.observe.metrics import read_samples
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.worker.host_tier import HostTier
@@ -265,14 +266,99 @@ def test_a_full_host_pool_prunes_counts_and_recovers(tiny_model: Path) -> None:
             assert_same(ours.ask([ask])[ask.name], first[ask.name], ask.name)
 
 
-def test_where_landmarks_do_not_fit_heads_are_pruned_and_counted(tiny_model: Path) -> None:
+def in_order(report: RequestHeads) -> list[Head]:
+    """All heads in (layer, KV head) order, in which they find room in the tier."""
+    return [head for layer in report.layers for head in layer]
+
+
+def fallbacks() -> dict[str, float]:
+    """Dynamic heads that were pruned so far, by reason."""
+    return {
+        reason: count("hybridkv_fallbacks_total", reason=reason)
+        for reason in ("host_pool_full", "landmarks_do_not_fit")
+    }
+
+
+def grown(before: dict[str, float]) -> dict[str, float]:
+    """What `fallbacks` has grown by, where it has."""
+    return {reason: n - before[reason] for reason, n in fallbacks().items() if n > before[reason]}
+
+
+def store_blocks_while_decoding(ours: Engine, ask: Ask) -> int:
+    """Host blocks that the request holds in the end; before, as many as all its heads would need."""
+    tier, held = host_tier(ours), []
+    ours.llm.llm_engine.add_request("r", ask.prompt(), ask.sampling())
+    while ours.llm.llm_engine.has_unfinished_requests():
+        ours.llm.llm_engine.step()
+        held.append(tier.num_blocks - tier.num_free_blocks)
+    assert held[-5] < max(held)
+    return held[-5]
+
+
+def test_where_no_landmarks_fit_heads_are_pruned_and_counted(tiny_model: Path) -> None:
     (ask,) = picture_asks(1)
-    before = count("hybridkv_fallbacks_total", reason="landmarks_do_not_fit")
-    with recalling(tiny_model, budget=0.1) as ours:
+    before = fallbacks()
+    with recalling(tiny_model, budget=0.05) as ours:
         (report,) = heads_of(ours, [ask])
-    dynamic = sum(head.type == "dynamic" for layer in report.layers for head in layer)
+    dynamic = sum(head.type == "dynamic" for head in in_order(report))
     assert report.recalled_share == 0
-    assert count("hybridkv_fallbacks_total", reason="landmarks_do_not_fit") - before == dynamic > 0
+    assert grown(before) == {"landmarks_do_not_fit": dynamic}
+    assert dynamic > 0
+
+
+# A tenth of these prompts is 3 pages a head, 23 in all beside the positions: every head's page of window and
+# one more leave 7. Landmarks (a page) and 4 chunks take 3 pages more, so two heads recall.
+TENTH = {"budget": 0.1}
+TENTH_RECALLING = 2
+
+
+def test_only_the_most_dynamic_heads_recall_where_not_all_fit(tiny_model: Path) -> None:
+    asks = picture_asks(3)[1:]
+    given: dict[str, dict[str, list[Answer]]] = {}
+    for tier in ("host", "gpu"):
+        with recalling(tiny_model, **TENTH, dynamic_tier=tier) as ours:
+            given[tier] = {}
+            for ask in asks:
+                before = fallbacks()
+                given[tier] |= ours.ask([ask])
+                ours.core.step_fn()
+                report = read_heads()[0]
+                heads, chunks = in_order(report), report.prompt_tokens // 16
+                dynamic = [number for number, head in enumerate(heads) if head.type == "dynamic"]
+                recalled = [number for number, head in enumerate(heads) if head.recalled]
+                by_figure = sorted(dynamic, key=lambda number: heads[number].figure)
+                assert recalled == sorted(by_figure[:TENTH_RECALLING])
+                assert {heads[number].pages for number in recalled} == {1 + 4}
+                assert sum(head.pages for head in heads) == report.arena_pages - 1
+                assert grown(before) == {"landmarks_do_not_fit": len(dynamic) - TENTH_RECALLING}
+                if tier == "host":
+                    # The last of them, not their number, says how far: others' chunks lie in between.
+                    pages = (dynamic.index(recalled[-1]) + 1) * chunks
+                    assert pages > 64 > TENTH_RECALLING * chunks
+                    assert store_blocks_while_decoding(ours, ask) == -(-pages // 64)
+            together = ours.ask(asks)  # At once, prefixes cached.
+        with recalling(tiny_model, **TENTH, dynamic_tier=tier, max_num_batched_tokens=96) as ours:
+            chunked = ours.ask(asks)
+        for ask in asks:
+            assert_same(together[ask.name], given[tier][ask.name], f"{ask.name}, with prefix hits")
+            assert_same(chunked[ask.name], given[tier][ask.name], f"{ask.name}, in small chunks")
+    for ask in asks:
+        assert_same(given["gpu"][ask.name], given["host"][ask.name], ask.name)
+
+
+def test_heads_are_counted_by_what_they_lack(tiny_model: Path) -> None:
+    """Room on the host for the first three heads' chunks, and in the arena for two of these to recall."""
+    ask = picture_asks(3)[2]
+    before = fallbacks()
+    with recalling(tiny_model, **TENTH, host_pool_gib=STORE_BLOCK_GIB * 1.01) as ours:
+        (report,) = heads_of(ours, [ask])
+    heads = in_order(report)
+    dynamic = [head for head in heads if head.type == "dynamic"]
+    in_tier = dynamic[: 64 // (report.prompt_tokens // 16)]
+    assert len(dynamic) > len(in_tier) == 3
+    assert [head for head in in_tier if not head.recalled] == [max(in_tier, key=lambda head: head.figure)]
+    assert sum(head.recalled for head in heads) == TENTH_RECALLING
+    assert grown(before) == {"host_pool_full": len(dynamic) - 3, "landmarks_do_not_fit": 1}
 
 
 def test_random_arrivals_aborts_and_preemptions_leave_no_chunk_behind(
@@ -282,33 +368,26 @@ def test_random_arrivals_aborts_and_preemptions_leave_no_chunk_behind(
     schedule_asynchronously(monkeypatch)
     dice = random.Random(11)
     pictures = picture_asks(4)
+
+    def new_request(number: int) -> tuple[Ask, dict[str, Any]]:
+        ask = replace(dice.choice(pictures), text=f"{dice.random()} " + SCENE * dice.randrange(3))
+        return ask, {"max_tokens": dice.randrange(1, 60)}
+
     settings = {"num_gpu_blocks_override": 60, "max_model_len": 560, "max_num_batched_tokens": 400}
     with recalling(tiny_model, host_pool_gib=4.01 * STORE_BLOCK_GIB, **settings) as ours:
-        vllm_engine, tier = ours.llm.llm_engine, host_tier(ours)
-        live: dict[str, int] = {}
-        finished = aborted = arrived = 0
-        lowest = tier.num_free_blocks
-        while arrived < 24 or vllm_engine.has_unfinished_requests():
-            while arrived < 24 and dice.random() < 0.4:
-                ask = replace(dice.choice(pictures), text=f"{dice.random()} " + SCENE * dice.randrange(3))
-                sampling = ask.sampling(max_tokens=dice.randrange(1, 60))
-                vllm_engine.add_request(str(arrived), ask.prompt(), sampling)
-                live[str(arrived)] = arrived
-                arrived += 1
-            if live and dice.random() < 0.08:
-                victim = dice.choice(list(live))
-                vllm_engine.abort_request([victim])
-                del live[victim]
-                aborted += 1
-            for output in vllm_engine.step():
-                if output.finished:
-                    live.pop(output.request_id, None)
-                    finished += 1
-            lowest = min(lowest, tier.num_free_blocks)
-        assert finished + aborted == arrived
+        tier, free = host_tier(ours), []
+        aborted = random_arrivals(
+            ours,
+            dice,
+            new_request,
+            number=24,
+            arrives=0.4,
+            aborted=0.08,
+            after_step=lambda: free.append(tier.num_free_blocks),
+        )
         assert aborted > 2
         assert ours.preemptions > 0
-        assert lowest == 0, "the pool was never full"
+        assert min(free) == 0, "the pool was never full"
 
 
 def test_triton_kernels_answer_like_the_torch_kernels(tiny_model: Path) -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hybridkv_vllm.policies import PromptScores, Recall, least_recall_pages
+from hybridkv_vllm.policies import PromptScores, Recall, recall_limits
 
 PAGE = 16
 
@@ -112,14 +112,20 @@ def recalls(scores: PromptScores, pages: int, seed: int = 0) -> dict[str, Recall
     """Which heads found room in the tier: none asked, and where recalling makes sense none, some and all."""
     shape = scores.mass.shape[:2]
     found: dict[str, Recall | None] = {"off": None}
+    window = window_in_arena(scores)
     for landmark_pages in (1, 2, 5):
-        least = least_recall_pages(pages // scores.heads, scores.capacity, landmark_pages)
-        if least is None:
+        limits = recall_limits(pages, scores.heads, scores.capacity, landmark_pages, window)
+        if limits is None:
             continue
         some = torch.rand(shape, generator=torch.Generator().manual_seed(seed + landmark_pages)) < 0.6
         for name, heads in {"none": torch.zeros_like(some), "some": some, "all": some | True}.items():
-            found[f"{name}_{landmark_pages}"] = Recall(heads, landmark_pages, least)
+            found[f"{name}_{landmark_pages}"] = Recall(heads, landmark_pages, *limits)
     return found
+
+
+def window_in_arena(scores: PromptScores) -> int:
+    """Tokens of the observation window that are not in the tail, counted one by one."""
+    return sum(position >= scores.tokens - scores.window for position in range(scores.compressible))
 
 
 def floored(pages: int, members: int, window: int, share: Fraction) -> int:
@@ -178,7 +184,9 @@ class Allocation:
             ratio = Fraction(self.share_ppm, 10**6) if static else Fraction(1)
             equal = Fraction(self.pages, heads)
             for head in broad:
-                given[head] = max(int(ratio * equal), min(self.least, int(equal)), 1 if equal >= 1 else 0)
+                given[head] = max(int(ratio * equal), 1 if equal >= 1 else 0)
+                if static:
+                    given[head] = max(given[head], self._least_that_fits(len(broad), len(static)))
                 left -= given[head]
         if static:
             shares = self._static_shares(static, left)
@@ -190,6 +198,17 @@ class Allocation:
                 given[head] += 1
                 left -= 1
         return given
+
+    def _least_that_fits(self, num_dynamic: int, num_static: int) -> int:
+        """The least, page by page: an equal share in any case, more beside the static heads' floor."""
+        floor = math.ceil(Fraction(self.window, PAGE)) + 1
+        each = 0
+        while each < min(self.least, self.capacity) and (
+            (each + 1) * (num_dynamic + num_static) <= self.pages
+            or (each + 1) * num_dynamic + floor * num_static <= self.pages
+        ):
+            each += 1
+        return each
 
     def _static_shares(self, static: list[int], pages: int) -> dict[int, int]:
         mean = Fraction(pages, len(static))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import Allocation
 
-from hybridkv_vllm.policies.budget import allocate_pages, least_recall_pages
+from hybridkv_vllm.policies.budget import allocate_pages, heads_that_fit, recall_limits
 
 
 def allocate(case: Allocation) -> list[int]:
@@ -75,14 +76,20 @@ def test_dynamic_heads_are_uniform(case: Allocation) -> None:
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(allocations())
-def test_dynamic_heads_get_their_least_but_no_more_than_an_equal_share(case: Allocation) -> None:
+def test_dynamic_heads_get_their_least_beside_the_static_ones_floor(case: Allocation) -> None:
     equal_share = case.pages // len(case.sparsity)
     heads = list(zip(allocate(case), case.dynamic, strict=True))
     broad = [pages for pages, dynamic in heads if dynamic]
     static = [pages for pages, dynamic in heads if not dynamic]
+    floor = math.ceil(case.window / 16) + 1
     assert all(pages >= min(case.least, equal_share, case.capacity) for pages in broad)
-    if broad and static and max(broad) > equal_share:
-        assert set(static) == {case.capacity}
+    if static and case.pages >= len(heads):
+        assert sum(static) >= len(static) * min(floor, equal_share, case.capacity)
+        assert min(static) >= min(max(1, floor - 1), equal_share, case.capacity)
+    if broad and static:
+        assert max(broad) <= max(case.least, equal_share) or set(static) == {case.capacity}
+        if min(broad) < min(case.least, case.capacity):
+            assert (min(broad) + 1) * len(broad) + floor * len(static) > case.pages
 
 
 def example(
@@ -109,9 +116,15 @@ def test_least_pages_of_dynamic_heads() -> None:
     half, one = [0.5] * 4, [True, False, False, False]
     assert example(half, one, pages=100, least=10) == [10, 30, 30, 30]
     assert example(half, one, pages=100, least=16) == [16, 28, 28, 28]
-    # Never above an equal share, whatever is asked.
-    assert example(half, one, pages=100, least=90) == [25, 25, 25, 25]
-    assert example(half, [True, True, True, False], pages=103, least=90) == [25, 25, 25, 28]
+    # Above an equal share too, while every static head keeps a page, and those of the window.
+    assert example(half, one, pages=100, least=90) == [90, 4, 3, 3]
+    assert example(half, one, pages=100, least=98) == [97, 1, 1, 1]
+    assert example(half, one, pages=100, least=90, window=17) == [90, 4, 3, 3]
+    assert example(half, one, pages=100, least=98, window=17) == [91, 3, 3, 3]
+    assert example(half, one, pages=100, least=98, capacity=80) == [80, 7, 7, 6]
+    assert example(half, [True, True, True, False], pages=103, least=90) == [34, 34, 34, 1]
+    # An equal share in any case: the window alone takes more than that.
+    assert example(half, one, pages=101, least=90, window=400) == [25, 26, 25, 25]
     # Where all are dynamic each has its equal share in any case.
     assert example(half, [True] * 4, pages=102, least=90) == [26, 26, 25, 25]
 
@@ -121,39 +134,83 @@ def test_least_pages_of_dynamic_heads() -> None:
     # 512 chunks of 8,192 tokens, a budget of 10%: 2% of them are 11.
     [("sketch", 19, 30), ("mean", 17, 28), ("minmax", 35, 46)],
 )
-def test_least_pages_of_a_recalling_head(kind: Any, landmark_pages: int, least: int) -> None:
+def test_limits_of_a_long_prompt(kind: Any, landmark_pages: int, least: int) -> None:
     assert LandmarkLayout(kind, head_size=128, itemsize=2).pages(512) == landmark_pages
-    assert least_recall_pages(51, 512, landmark_pages) == least
+    assert recall_limits(112 * 51, 112, 512, landmark_pages, 64) == (least, 112)
 
 
 @pytest.mark.parametrize(
-    ("equal_share", "num_chunks", "landmark_pages", "least"),
+    ("pages", "num_chunks", "landmarks", "window", "limits"),
+    # Of 10 heads, whose floor is a page and that of their window.
     [
-        (25, 512, 19, 25),  # an equal share
-        (23, 512, 19, 23),  # a handful of chunks
-        (22, 512, 19, None),  # less than a handful
-        (0, 512, 19, None),
-        (99, 100, 4, 8),
-        (100, 100, 4, None),  # keeps every chunk
-        (9, 201, 4, 9),
-        (10, 201, 4, 9),  # 2% of the chunks, rounded up
+        (250, 512, 19, 64, (30, 10)),  # an equal share of 25
+        (230, 512, 19, 64, (30, 10)),  # landmarks and 4 chunks
+        (229, 512, 19, 64, (30, 9)),  # 5 pages a head, 179 beside: 9 times 18
+        (68, 512, 19, 64, (30, 1)),
+        (67, 512, 19, 64, None),
+        (67, 512, 19, 48, (30, 1)),  # a smaller window
+        (40, 512, 19, 64, None),  # less than the floors
+        (0, 512, 19, 0, None),
+        (999, 100, 4, 0, (8, 10)),
+        (1000, 100, 4, 0, None),  # keeps every chunk
+        (100, 201, 4, 0, (9, 10)),  # 2% of the chunks, rounded up
+        (60, 9, 4, 0, (8, 7)),
+        (60, 8, 4, 0, None),  # a head with 4 chunks takes as much as all of its prompt
     ],
 )
-def test_where_recalling_makes_sense(
-    equal_share: int, num_chunks: int, landmark_pages: int, least: int | None
+def test_how_many_heads_recall(
+    pages: int, num_chunks: int, landmarks: int, window: int, limits: tuple[int, int] | None
 ) -> None:
-    assert least_recall_pages(equal_share, num_chunks, landmark_pages) == least
+    assert recall_limits(pages, 10, num_chunks, landmarks, window) == limits
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(st.integers(0, 400), st.integers(1, 4000), st.integers(1, 100))
-def test_least_pages_hold_landmarks_and_chunks(equal_share: int, num_chunks: int, landmarks: int) -> None:
-    least = least_recall_pages(equal_share, num_chunks, landmarks)
-    if least is None:
-        assert equal_share >= num_chunks or equal_share < landmarks + 4
-    else:
-        assert landmarks + 4 <= least <= equal_share < num_chunks
-        assert 50 * (least - landmarks) >= num_chunks or least == equal_share
+HEADS, PAGES, LEAST, WINDOW = (
+    st.integers(1, 40),
+    st.integers(0, 4000),
+    st.integers(1, 100),
+    st.integers(0, 64),
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(HEADS, PAGES, LEAST, WINDOW)
+def test_as_many_heads_as_fit_and_never_fewer_with_more_pages(
+    heads: int, pages: int, least: int, window: int
+) -> None:
+    floor = math.ceil(window / 16) + 1
+    fits = [
+        number
+        for number in range(heads + 1)
+        if number * least + (heads - number) * floor <= pages or heads * least <= pages
+    ]
+    # Where not even the floors fit, a head with less than its floor would: it is not asked to recall.
+    most = heads_that_fit(pages, heads, least, window)
+    assert most == (max(fits, default=0) if least > floor else heads * (heads * least <= pages))
+    assert most <= heads_that_fit(pages + 1, heads, least, window)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(HEADS, PAGES, st.integers(1, 400), LEAST, WINDOW)
+def test_limits_hold_landmarks_and_chunks(
+    heads: int, pages: int, num_chunks: int, landmarks: int, window: int
+) -> None:
+    limits = recall_limits(pages, heads, num_chunks, landmarks, window)
+    possible = pages < heads * num_chunks and landmarks + 4 < num_chunks
+    most = heads_that_fit(pages, heads, landmarks + 4, window)
+    assert limits == ((landmarks + max(4, math.ceil(num_chunks / 50)), most) if possible and most else None)
+    if limits:
+        # As many recall as may, or fewer: none gets less than its landmarks and 4 chunks.
+        for number in {1, limits[1]}:
+            case = Allocation(
+                [0.5] * heads,
+                [head < number for head in range(heads)],
+                pages,
+                num_chunks,
+                window,
+                400_000,
+                limits[0],
+            )
+            assert min(allocate(case)[:number]) >= landmarks + 4
 
 
 def test_whole_pages_of_a_decimal_share() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -20,6 +21,7 @@ from policy_cases import (
     recalls,
     rounded,
     weighted,
+    window_in_arena,
 )
 
 from hybridkv_vllm.policies import (
@@ -124,7 +126,7 @@ def expected_pages(
 ) -> list[int]:
     """Heads that do not recall are static; the window counts only where it lies in the arena."""
     capacity = scores.compressible // PAGE
-    window = sum(position >= scores.tokens - scores.window for position in range(scores.compressible))
+    window = window_in_arena(scores)
     if policy in ("lookm", "snapkv", "streamingllm"):
         return [min(pages // scores.heads, capacity)] * scores.heads
     if policy == "adakv":
@@ -133,16 +135,25 @@ def expected_pages(
         return pyramid_pages(scores, pages, window)
     if policy == "sparsemm":
         return visual_pages(scores, pages, window)
-    hybrid = policy.startswith("hybridkv")
+    # Quest's heads are equals, but that those that recall get their least.
+    quest = policy == "quest"
     return Allocation(
-        sparsity=selection.sparsity.flatten().tolist(),
-        dynamic=selection.recalled.flatten().tolist() if hybrid else [True] * scores.heads,
+        sparsity=[0.0] * scores.heads if quest else selection.sparsity.flatten().tolist(),
+        dynamic=selection.recalled.flatten().tolist(),
         pages=pages,
         capacity=capacity,
         window=window,
-        share_ppm=round(options.dynamic_share * 10**6),
+        share_ppm=10**6 if quest else round(options.dynamic_share * 10**6),
         least=least,
     ).expected()
+
+
+def expected_recalling(selection: Selection, recall: Recall) -> list[int]:
+    """The most dynamic of the dynamic heads in the tier, by their number in (layer, KV head) order."""
+    figure = selection.figure.flatten().tolist()
+    in_tier = (selection.dynamic & recall.heads).flatten().tolist()
+    candidates = [head for head, found_room in enumerate(in_tier) if found_room]
+    return sorted(sorted(candidates, key=lambda head: (figure[head], head))[: recall.most_heads])
 
 
 def check(
@@ -163,7 +174,8 @@ def check(
     assert torch.isfinite(selection.figure).all()
     assert torch.isfinite(selection.sparsity).all()
     assert torch.equal(selection.dynamic, (selection.figure < options.theta) | (policy == "quest"))
-    assert torch.equal(selection.recalled, selection.dynamic & (in_force.heads if in_force else False))
+    recalling = [head for head, it in enumerate(selection.recalled.flatten().tolist()) if it]
+    assert recalling == (expected_recalling(selection, in_force) if in_force else [])
 
     assert torch.equal(selection.lengths, selection.keep.sum(-1, dtype=torch.int32))
     landmarks = selection.recalled.int() * landmark_pages
@@ -175,10 +187,10 @@ def check(
         assert selection.keep.all()
     if pages >= scores.heads:
         assert min(used) >= 1
-    recalling = selection.pages.flatten()[selection.recalled.flatten()].tolist()
     if recalling:
-        assert max(recalling) - min(recalling) <= 1
-        assert min(recalling) >= min(least, pages // scores.heads)
+        theirs = [used[head] for head in recalling]
+        assert max(theirs) - min(theirs) <= 1
+        assert min(theirs) >= min(least, pages // scores.heads)
 
     starts = torch.tensor([0, *itertools.accumulate(used)][:-1]).view(layers, heads)
     assert torch.equal(selection.first_page, starts + landmarks)
@@ -227,11 +239,19 @@ def test_recalling_is_tried() -> None:
         if len(recalls(scores, pages)) > 1
     }
     assert {case for case, _ in tried} >= {"long", "broad_and_long", "all_tied_long"}
-    assert {count for _, count in tried} == {"half", "one_short"}
+    assert {count for _, count in tried} >= {"half", "one_short"}
     scores = CASES["long"]
     options, pages = PolicyOptions(classifier="sparsity"), page_counts(scores)["half"]
     selection = choose("hybridkv", scores, pages, options, recalls(scores, pages)["all_5"])
     assert 0 < int(selection.recalled.sum()) < scores.heads
+    limited = [
+        recall.most_heads
+        for scores in CASES.values()
+        for pages in page_counts(scores).values()
+        for recall in recalls(scores, pages).values()
+        if recall and recall.most_heads < scores.heads
+    ]
+    assert len(set(limited)) > 1, "somewhere only some heads may recall"
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -261,16 +281,26 @@ def test_random_prompts(data: st.DataObject) -> None:
 @settings(max_examples=150, deadline=None, database=None)
 @given(data=st.data())
 def test_any_recall_that_fits(data: st.DataObject) -> None:
-    """Least pages other than `least_recall_pages` says, also more than an equal share."""
+    """Numbers other than `recall_limits` says: any least, and any number of heads that have a chunk."""
     scores = random_scores(data.draw(st.integers(0, 2**20), "seed"), tokens=180, visual=(10, 160))
-    equal_share = data.draw(st.integers(2, scores.capacity + 1), "equal_share")
-    pages = equal_share * scores.heads + data.draw(st.integers(0, scores.heads - 1), "surplus")
-    landmark_pages = data.draw(st.integers(0, equal_share - 1), "landmark_pages")
+    pages = data.draw(st.integers(2 * scores.heads, (scores.capacity + 1) * scores.heads), "pages")
+    landmark_pages = data.draw(st.integers(0, pages // scores.heads + 2), "landmark_pages")
+    floor = -(-window_in_arena(scores) // PAGE) + 1
+    all_fit = landmark_pages < pages // scores.heads
+    most_heads = max(
+        (
+            number
+            for number in range(scores.heads + 1)
+            if all_fit or number * (landmark_pages + 1) + (scores.heads - number) * floor <= pages
+        ),
+        default=0,
+    )
     heads = data.draw(st.lists(st.booleans(), min_size=scores.heads, max_size=scores.heads), "heads")
     recall = Recall(
         heads=torch.tensor(heads).view(scores.mass.shape[:2]),
         landmark_pages=landmark_pages,
-        least_pages=data.draw(st.integers(landmark_pages + 1, scores.capacity + 5), "least_pages"),
+        least_pages=data.draw(st.integers(landmark_pages + 1, scores.capacity + 9), "least_pages"),
+        most_heads=data.draw(st.integers(0, most_heads), "most_heads"),
     )
     options = PolicyOptions(
         classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
@@ -282,11 +312,40 @@ def test_any_recall_that_fits(data: st.DataObject) -> None:
 @pytest.mark.parametrize("policy", RECALLING)
 def test_landmarks_that_do_not_fit_are_refused(policy: str) -> None:
     scores = CASES["long"]
-    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=7, least_pages=11)
-    with pytest.raises(ValueError, match="7 landmark pages and a chunk do not fit in 7 pages a head"):
-        choose(policy, scores, 7 * scores.heads + 5, PolicyOptions(), recall)
+    # Two pages of window and one beside it: 47 pages hold 5 heads of 8 pages and one of 3, but no 6.
+    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=7, least_pages=11, most_heads=6)
+    message = "7 landmark pages and a chunk for each of 6 heads do not fit in 47 pages of 6 heads"
+    with pytest.raises(ValueError, match=message):
+        choose(policy, scores, 47, PolicyOptions(), recall)
+    selection = choose(policy, scores, 47, PolicyOptions(theta=1.0), replace(recall, most_heads=5))
+    assert int(selection.recalled.sum()) == 5
+    assert (selection.pages[selection.recalled] >= 8).all()
+    with pytest.raises(ValueError, match="for each of 5 heads do not fit in 42 pages"):
+        choose(policy, scores, 42, PolicyOptions(), replace(recall, most_heads=5))
+
+
+def test_impossible_recalls_are_refused() -> None:
+    heads = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="least_pages"):
-        Recall(recall.heads, landmark_pages=7, least_pages=7)
+        Recall(heads, landmark_pages=7, least_pages=7, most_heads=6)
+    with pytest.raises(ValueError, match="most_heads"):
+        Recall(heads, landmark_pages=7, least_pages=8, most_heads=-1)
+
+
+@pytest.mark.parametrize("policy", RECALLING)
+def test_the_most_dynamic_heads_recall(policy: str) -> None:
+    scores = random_scores(30, layers=2, heads=3, tokens=400, window=20, visual=(20, 370))
+    chosen, options = get_policy(policy), PolicyOptions(theta=1.0)
+    figure = torch.tensor([[0.5, 0.25, 0.75], [0.25, 0.0, 0.25]])
+    verdict = replace(chosen.classify(scores, options), dynamic=figure < 1, figure=figure)
+    in_tier = torch.tensor([[True, True, True], [True, False, True]])
+    recalling = []
+    for most_heads in range(7):
+        recall = Recall(in_tier, landmark_pages=2, least_pages=6, most_heads=most_heads)
+        selection = chosen.select(scores, verdict, 30, options, recall)
+        recalling.append(selection.recalled.flatten().nonzero().flatten().tolist())
+    # By figure, ties to the first; the most dynamic of all found no room in the tier.
+    assert recalling == [[], [1], [1, 3], [1, 3, 5], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
 
 
 def test_chunks_compete_by_their_sum_and_ties_go_to_the_lower() -> None:
@@ -345,7 +404,7 @@ def test_broken_scores_never_overrun_the_arena() -> None:
         usual.group,
         usual.compressible,
     )
-    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=1, least_pages=2)
+    recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=1, least_pages=2, most_heads=6)
     for policy, classifier in itertools.product(POLICIES.keys() - {"full"}, CLASSIFIERS):
         selection = choose(policy, broken, usual.heads * 2, PolicyOptions(classifier=classifier), recall)
         assert int(selection.pages.sum()) == usual.heads * 2

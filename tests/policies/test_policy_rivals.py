@@ -32,6 +32,7 @@ def test_every_name_is_a_server_option(policy: str) -> None:
     options = parse_server_options({"policy": policy})
     assert options.policy == policy
     assert options.landmark_kind == {"hybridkv-paper": "mean", "quest": "minmax"}.get(policy, "sketch")
+    assert options.classifier_name == ("sparsity" if policy == "hybridkv-paper" else "text_mass")
 
 
 def test_streamingllm_keeps_the_first_four_and_the_last_tokens() -> None:
@@ -115,7 +116,7 @@ def test_the_papers_dynamic_heads_get_what_r_says(landmark_pages: int, paper: in
     # Every token gets all votes, and nearly all mass is visual: dynamic by either figure.
     scores = scores_of_mass(even_mass(1, 4, 100), votes=16.0, visual=slice(0, 99 * PAGE))
     some = torch.tensor([[True, False, False, False]])
-    recall = Recall(some, landmark_pages, least_pages=landmark_pages + 9)
+    recall = Recall(some, landmark_pages, least_pages=landmark_pages + 9, most_heads=4)
     for policy, pages in {"hybridkv-paper": paper, "hybridkv": ours}.items():
         selection = choose(policy, scores, 80, recall)
         assert selection.recalled.tolist() == some.tolist()

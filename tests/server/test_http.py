@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
@@ -23,12 +24,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybridkv_vllm.demo import picture_url
 from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import Head, RequestHeads
 from hybridkv_vllm.observe.metrics import METRICS, engine_metrics, prepare_directory
 from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, make_plan
-from hybridkv_vllm.policies import least_recall_pages
+from hybridkv_vllm.policies import recall_limits
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture
 
@@ -43,6 +43,9 @@ NUM_BLOCKS = 88
 LAYERS, KV_HEADS, HEAD_SIZE = 4, 2, 64  # The tiny model's.
 NUM_HEADS = LAYERS * KV_HEADS
 THETA = 0.9
+WINDOW = 64
+# Tokens up to the photograph's end, whatever is asked about it: the template's and its own.
+PICTURE_END = 28 + 18 * 21
 # Landmarks of the default kind in fp32, with the model's three position axes.
 LANDMARKS = LandmarkLayout("sketch", HEAD_SIZE, 4, 3)
 ARGUMENTS = (
@@ -121,28 +124,30 @@ class Served(NamedTuple):
         prompt_tokens: from the response's usage.
         decodes: steps after the one that ended the prefill; None where the client does not know.
         budget: the request's, or the server's.
-        has_visual: whether the prompt had a picture or a video.
+        visual_end: prompt tokens up to the picture's or the video's last; None of a prompt of text alone.
     """
 
     answer_id: str
     prompt_tokens: int
     decodes: int | None
     budget: float
-    has_visual: bool
+    visual_end: int | None
 
 
 def served(
-    answer: ChatCompletion | ChatCompletionChunk | Completion, budget: float = BUDGET, choices: int = 1
+    answer: ChatCompletion | ChatCompletionChunk | Completion,
+    budget: float = BUDGET,
+    choices: int = 1,
+    visual_end: int = PICTURE_END,
 ) -> list[Served]:
     """The compressions behind an answer that ended at `max_tokens`: one a choice."""
     assert answer.usage is not None
     tokens = answer.usage.completion_tokens
     assert tokens % choices == 0
-    # The step that ends the prefill yields the first token.
     # Only chats are about pictures here.
-    has_visual = not isinstance(answer, Completion)
-    one = Served(answer.id, answer.usage.prompt_tokens, tokens // choices - 1, budget, has_visual)
-    return [one] * choices
+    end = None if isinstance(answer, Completion) else visual_end
+    # The step that ends the prefill yields the first token.
+    return [Served(answer.id, answer.usage.prompt_tokens, tokens // choices - 1, budget, end)] * choices
 
 
 class Arena(NamedTuple):
@@ -151,34 +156,37 @@ class Arena(NamedTuple):
     Attributes:
         pages: all of them.
         keeps_all: whether every head keeps everything.
-        recalls: whether dynamic heads can recall.
+        most_recalling: heads that can recall, if they are dynamic.
         positions: pages of the tokens' positions.
         landmarks: pages of one recalling head's landmarks.
     """
 
     pages: int
     keeps_all: bool
-    recalls: bool
+    most_recalling: int
     positions: int
     landmarks: int
 
     @classmethod
-    def of(cls, tokens: int, budget: float, has_visual: bool = True) -> Arena:
+    def of(cls, tokens: int, budget: float, visual_end: int | None = PICTURE_END) -> Arena:
         chunks, blocks = tokens // PAGE_TOKENS, arena_blocks(budget, tokens)
         positions, landmarks = LANDMARKS.position_pages(chunks), LANDMARKS.pages(chunks)
         keeps_all = blocks >= chunks
-        share = blocks - math.ceil(positions / NUM_HEADS)
-        fits = least_recall_pages(share, chunks, landmarks) is not None
+        pages = blocks * NUM_HEADS
         # Heads are judged by the text's share of the attention, which is all where there is only text.
-        recalls = has_visual and fits and not keeps_all
-        return cls(
-            blocks * NUM_HEADS, keeps_all, recalls, positions if recalls else 0, landmarks if recalls else 0
-        )
+        limits = None
+        if visual_end is not None and not keeps_all:
+            # The observation window is the text that follows; its last tokens may be in the tail.
+            window = max(0, min(WINDOW, tokens - visual_end) - tokens % PAGE_TOKENS)
+            limits = recall_limits(pages - positions, NUM_HEADS, chunks, landmarks, window)
+        if limits is None:
+            return cls(pages, keeps_all, 0, 0, 0)
+        return cls(pages, keeps_all, limits[1], positions, landmarks)
 
 
 def arena_of(request: Served) -> Arena:
     """The request's arena."""
-    return Arena.of(request.prompt_tokens, request.budget, request.has_visual)
+    return Arena.of(request.prompt_tokens, request.budget, request.visual_end)
 
 
 def kept_tokens(request: Served, num_dynamic: int) -> float:
@@ -186,7 +194,7 @@ def kept_tokens(request: Served, num_dynamic: int) -> float:
     arena, in_tail = arena_of(request), request.prompt_tokens % PAGE_TOKENS
     if arena.keeps_all:
         return request.prompt_tokens
-    pages = arena.pages - arena.positions - num_dynamic * arena.landmarks
+    pages = arena.pages - arena.positions - min(num_dynamic, arena.most_recalling) * arena.landmarks
     return PAGE_TOKENS * pages / NUM_HEADS + in_tail
 
 
@@ -196,10 +204,10 @@ def expected_counts(requests: Sequence[Served], num_dynamic: Sequence[int]) -> d
     From their lengths, budgets and numbers of dynamic heads alone.
     """
     pruned = [
-        dynamic
+        max(0, dynamic - arena.most_recalling)
         for request, dynamic in zip(requests, num_dynamic, strict=True)
         for arena in (arena_of(request),)
-        if not arena.recalls and not arena.keeps_all
+        if not arena.keeps_all
     ]
     counts = {
         "hybridkv_requests_compressed_total": len(requests),
@@ -247,8 +255,11 @@ def assert_accounted(report: RequestHeads, request: Served) -> None:
     heads = all_heads(report)
     for head in heads:
         assert head.type == ("static" if head.figure >= THETA else "dynamic")
-        assert head.recalled == (arena.recalls and head.type == "dynamic")
         assert head.kept_tokens == PAGE_TOKENS * (head.pages - head.recalled * arena.landmarks) > 0
+    most_dynamic = sorted((head for head in heads if head.type == "dynamic"), key=lambda head: head.figure)
+    recalling = most_dynamic[: arena.most_recalling]
+    assert [head for head in most_dynamic if head.recalled] == recalling
+    assert sum(head.recalled for head in heads) == len(recalling)
     used = arena.positions + sum(head.pages for head in heads)
     if arena.keeps_all:
         assert used <= arena.pages
@@ -290,6 +301,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def picture_url() -> str:
+    """The real photograph, as a data URL."""
+    png = io.BytesIO()
+    sample_picture().save(png, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def picture_message(question: str = QUESTION) -> list[dict[str, Any]]:
@@ -412,7 +430,8 @@ def test_a_video(client: OpenAI, server: Server, tmp_path: Path) -> None:
         ],
     )
     assert answer.usage.completion_tokens == 4
-    assert_counted(server, before, served(answer))
+    # Fourteen tokens follow the video.
+    assert_counted(server, before, served(answer, visual_end=answer.usage.prompt_tokens - 14))
 
 
 @pytest.mark.parametrize(("xargs", "message"), REFUSED, ids=[json.dumps(xargs) for xargs, _ in REFUSED])
@@ -475,7 +494,7 @@ def test_short_prompts_stay_uncompressed(client: OpenAI, server: Server) -> None
 
 def test_heads_are_static_where_there_is_no_picture(client: OpenAI, server: Server) -> None:
     """Though this prompt is long enough for heads to recall."""
-    assert Arena.of(400, BUDGET).recalls
+    assert Arena.of(400, BUDGET).most_recalling == NUM_HEADS
     before = settled(server)
     assert_counted(server, before, served(complete(client, 400)))
     assert {(head.type, head.recalled) for head in all_heads(heads_reports(server)[0])} == {("static", False)}
@@ -484,7 +503,7 @@ def test_heads_are_static_where_there_is_no_picture(client: OpenAI, server: Serv
 def test_counters_add_up_to_the_responses_usage(client: OpenAI, server: Server) -> None:
     before = settled(server)
     questions = [QUESTION, "What is this?", "Describe the scene in one sentence." * 4, "Why? " * 9] * 2
-    budgets = [BUDGET, 0.5, 0.1, 1.0] * 2
+    budgets = [BUDGET, 0.1, 0.05, 1.0] * 2
     with ThreadPoolExecutor(max_workers=len(questions)) as threads:
         answers = list(
             threads.map(
@@ -495,8 +514,9 @@ def test_counters_add_up_to_the_responses_usage(client: OpenAI, server: Server) 
         )
     prompts = [answer.usage.prompt_tokens for answer in answers]
     assert len(set(prompts)) == 4
-    # Heads that recall, heads that cannot and heads that need not.
-    assert {Arena.of(*pair).recalls for pair in zip(prompts, budgets, strict=True)} == {True, False}
+    # All heads may recall, a few of those that are dynamic, none, and none needs to.
+    limits = [Arena.of(*pair).most_recalling for pair in zip(prompts, budgets, strict=True)]
+    assert limits == [NUM_HEADS, 2, 0, 0] * 2
     requests = [served(*pair) for pair in zip(answers, budgets, strict=True)]
     assert_counted(server, before, [request for one in requests for request in one])
     after = Counters(server).values
@@ -612,7 +632,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
     assert wait_for(lambda: Counters(server).values["hybridkv_host_bytes"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:num_requests_running"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:kv_cache_usage_perc"] == 0)
-    assert_counted(server, before, [Served(answer_id, tokens, None, BUDGET, True)])
+    assert_counted(server, before, [Served(answer_id, tokens, None, BUDGET, PICTURE_END)])
     assert ask(client).usage.completion_tokens == 12
 
 

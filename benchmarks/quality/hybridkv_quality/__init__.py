@@ -1,0 +1,1 @@
+"""A suite of picture questions that separates KV-cache methods, and what runs it."""

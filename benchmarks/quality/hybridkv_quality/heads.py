@@ -1,0 +1,149 @@
+"""What each KV head really looked at while an answer was decoded, held against what a prompt says of it.
+
+Runs the model in Transformers, whose attention can be read. A head may be pruned for good if what the
+observation window looked at is what the decode steps look at; it has to recall if its target moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridkv_quality.sample import Sample
+from hybridkv_vllm.plan import PAGE_TOKENS, observation_window
+from hybridkv_vllm.policies import PromptScores
+from hybridkv_vllm.policies.classify import CLASSIFIERS
+from hybridkv_vllm.policies.scoring import pooled_mass
+
+LONGEST_WINDOW = 64
+# Probability, of a query's largest, from which a token counts as important (the scoring kernel's).
+IMPORTANT = 0.01
+TOP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class HeadBehaviour:
+    """One prompt and its answer, all `[L, H]` fp32; masses are of a decode step's attention, mean over steps.
+
+    Attributes:
+        reach: mass on the prompt before the observation window.
+        pruned: what of it is lost when the head keeps a share of the prompt by the window's scores.
+        best: what of it is lost when each step chooses the same number of tokens for itself.
+        overlap: median share of a step's 16 heaviest prompt tokens that are the next step's as well.
+        figures: what each classifier says of the prompt.
+    """
+
+    reach: Tensor
+    pruned: Tensor
+    best: Tensor
+    overlap: Tensor
+    figures: Mapping[str, Tensor]
+
+    @property
+    def moving(self) -> Tensor:
+        """`[L, H]` fp32: attention that only recalling brings back."""
+        return self.pruned - self.best
+
+
+@torch.no_grad()
+def watch_heads(model: Any, processor: Any, sample: Sample, share: float) -> HeadBehaviour:
+    """Reads the attention of a sample's prompt and right answer.
+
+    Args:
+        model: a Transformers model with `attn_implementation="eager"`; prompts of a few thousand tokens at
+            most, because whole attention matrices are held.
+        processor: its processor.
+        sample: from the suite.
+        share: of the prompt's tokens that a pruned head keeps, in (0, 1].
+    """
+    inputs, prompt = _inputs(processor, sample)
+    attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
+    text = model.config.get_text_config()
+    group = text.num_attention_heads // text.num_key_value_heads
+    # [L, H, group, queries, keys]
+    weights = torch.stack([layer[0].unflatten(0, (-1, group)) for layer in attentions]).float()
+    is_visual = (inputs["input_ids"][0, :prompt] == model.config.image_token_id) | (
+        inputs["input_ids"][0, :prompt] == model.config.video_token_id
+    )
+    scores = _scores(weights, is_visual, prompt, group)
+    steps = weights[..., prompt:, :prompt].mean(2)  # [L, H, n, T]
+    past = scores.past
+    before = steps[..., :past]
+    keep = max(1, round(share * prompt) - scores.window)
+    voted = pooled_mass(scores)
+    voted = voted[..., :past] if voted.shape[-1] >= past else scores.mass[..., :past]
+    chosen = voted.topk(min(keep, voted.shape[-1]), dim=-1).indices
+    kept = before.gather(-1, chosen.unsqueeze(2).expand(-1, -1, before.shape[2], -1)).sum(-1)
+    ideal = before.topk(min(keep, past), dim=-1).values.sum(-1)
+    whole = before.sum(-1)
+    return HeadBehaviour(
+        reach=whole.mean(-1),
+        pruned=(whole - kept).mean(-1),
+        best=(whole - ideal).mean(-1),
+        overlap=_overlap(before),
+        figures={name: figure(scores) for name, figure in CLASSIFIERS.items()},
+    )
+
+
+def mean_behaviour(seen: Sequence[HeadBehaviour]) -> HeadBehaviour:
+    """The mean over prompts."""
+    return HeadBehaviour(
+        *(
+            torch.stack([getattr(one, name) for one in seen]).mean(0)
+            for name in ("reach", "pruned", "best", "overlap")
+        ),
+        figures={name: torch.stack([one.figures[name] for one in seen]).mean(0) for name in seen[0].figures},
+    )
+
+
+def _inputs(processor: Any, sample: Sample) -> tuple[Any, int]:
+    """Model inputs of prompt and answer, and the prompt's length."""
+    messages = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+                for part in message.parts
+            ],
+        }
+        for message in sample.messages
+    ]
+    pictures = [part for message in sample.messages for part in message.parts if not isinstance(part, str)]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    arguments: dict[str, Any] = {"return_tensors": "pt"} | ({"images": pictures} if pictures else {})
+    prompt = processor(text=[text], **arguments)["input_ids"].shape[1]
+    return processor(text=[f"{text} {sample.answer}"], **arguments), prompt
+
+
+def _scores(weights: Tensor, is_visual: Tensor, prompt: int, group: int) -> PromptScores:
+    edges = torch.diff(
+        is_visual.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)
+    )
+    spans = list(
+        zip(
+            (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist(), strict=True
+        )
+    )
+    window = observation_window(prompt, spans, LONGEST_WINDOW)
+    rows = weights[..., prompt - window : prompt, :prompt]
+    important = rows >= IMPORTANT * rows.amax(-1, keepdim=True)
+    return PromptScores(
+        mass=rows.mean((2, 3)),
+        votes=important.float().sum((2, 3)),
+        is_visual=is_visual,
+        window=window,
+        group=group,
+        compressible=prompt // PAGE_TOKENS * PAGE_TOKENS,
+    )
+
+
+def _overlap(before: Tensor) -> Tensor:
+    """Median over steps of the share of the 16 heaviest tokens that stay."""
+    top = before.topk(min(TOP_TOKENS, before.shape[-1]), dim=-1).indices
+    member = torch.zeros_like(before, dtype=torch.bool).scatter(-1, top, True)
+    shared = (member[:, :, 1:] & member[:, :, :-1]).sum(-1) / top.shape[-1]
+    return shared.median(-1).values

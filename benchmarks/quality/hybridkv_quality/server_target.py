@@ -1,0 +1,291 @@
+"""Answers from an OpenAI-compatible server, and what HybridKV's counters on it say of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hybridkv_quality.chat import http_chat
+from hybridkv_quality.messages import Message
+from hybridkv_quality.records import HeadsExample, Record
+from hybridkv_quality.sample import Sample
+from hybridkv_quality.scoring import score, word_hits
+from hybridkv_quality.settings import AS_SERVED, FULL, EvalError, UsageError
+from hybridkv_vllm.observe.api import HeadsResponse, Stats
+from hybridkv_vllm.observe.heads import KEPT_REQUESTS, RequestHeads
+from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, ceil_pages
+
+TIMEOUT_SECONDS = 600
+# The client waits longer from try to try: about half a minute in all.
+RETRIES = 6
+# A prompt's figures may reach the server's files a moment after its answer.
+HEADS_SECONDS = 2.0
+
+
+class ServerSettings(BaseModel):
+    """Which server is asked, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    model: str | None = None
+    concurrency: int = Field(default=16, ge=1)
+    kv_bytes_per_token: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer of the server, with what its counters say of the group it was asked in.
+
+    Attributes:
+        freed: whether the prompt's blocks went back to the pool; None where the counters do not add up.
+        heads: how its KV heads were judged; None where it was not compressed.
+    """
+
+    sample: Sample
+    completion: ChatCompletion
+    freed: bool | None = None
+    heads: RequestHeads | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        usage = self.completion.usage
+        return usage.prompt_tokens if usage else 0
+
+    @property
+    def output_tokens(self) -> int:
+        usage = self.completion.usage
+        return usage.completion_tokens if usage else 0
+
+
+class OpenAIServer:
+    """A server that is asked over HTTP."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Finds the model, and HybridKV's counters where there are any.
+
+        Raises:
+            UsageError: nothing answers there, or it has no such model.
+        """
+        self._settings = settings
+        self._client = openai.OpenAI(
+            base_url=settings.url, api_key="none", timeout=TIMEOUT_SECONDS, max_retries=RETRIES
+        )
+        self.model = self._find_model()
+        root = settings.url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.Client(base_url=root, timeout=60)
+        self.options = stats.options if (stats := self.stats()) is not None else None
+
+    @property
+    def policy(self) -> str:
+        """The policy that the server runs."""
+        return AS_SERVED if self.options is None else self.options.policy
+
+    def _find_model(self) -> str:
+        url, wanted = self._settings.url, self._settings.model
+        try:
+            served = [model.id for model in self._client.with_options(max_retries=1).models.list()]
+        except openai.APIConnectionError as error:
+            raise UsageError(
+                f"--url {url}: no server answers ({error.__cause__ or error}); start it, or correct the URL"
+            ) from None
+        except openai.APIStatusError as error:
+            raise UsageError(
+                f"--url {url}: HTTP {error.status_code} for the list of models; does the URL end in /v1?"
+            ) from None
+        if wanted is None and len(served) == 1:
+            return served[0]
+        if wanted not in served:
+            known = ", ".join(served) or "no model"
+            raise UsageError(f"--served-model: the server has {known}; name one of them")
+        return str(wanted)
+
+    def stats(self) -> Stats | None:
+        """HybridKV's counters; None where the server has none, or not all of them."""
+        try:
+            answer = self._http.get("/hybridkv/stats")
+            return Stats.model_validate(answer.json()) if answer.status_code == httpx.codes.OK else None
+        except (httpx.HTTPError, ValidationError, ValueError):
+            return None
+
+    def heads(self) -> list[RequestHeads]:
+        """How the heads of the last compressed prompts were judged."""
+        try:
+            answer = self._http.get("/hybridkv/heads")
+            return HeadsResponse.model_validate(answer.json()).requests
+        except (httpx.HTTPError, ValidationError, ValueError):
+            return []
+
+    def ask(self, sample: Sample, budget: float | None) -> ChatCompletion:
+        """One answer, greedy; transient errors are tried again.
+
+        Raises:
+            EvalError: the server refuses the request, or does not answer any more.
+        """
+        extra = {} if budget is None else {"vllm_xargs": {"hybridkv_budget": budget}}
+        try:
+            return self._client.chat.completions.create(
+                model=self.model,
+                messages=http_chat(sample),  # type: ignore[arg-type]
+                max_tokens=sample.max_tokens,
+                temperature=0,
+                extra_body=extra,
+            )
+        except openai.APIStatusError as error:
+            raise EvalError(
+                f"{sample.task}/{sample.name}: the server says HTTP {error.status_code}: {error.message}; "
+                "answers so far are kept. If the prompt is too long, raise the server's --max-model-len; if "
+                "it has too many pictures, --limit-mm-per-prompt; the same command then goes on"
+            ) from None
+        except openai.APIConnectionError as error:
+            raise EvalError(
+                f"{self._settings.url} does not answer any more ({error.__cause__ or error}); answers so far "
+                "are kept, start the server again and run the same command to go on"
+            ) from None
+
+
+class ServerRun:
+    """Asks groups of questions at one budget, so that the counters' changes are these questions'."""
+
+    def __init__(self, server: OpenAIServer, settings: ServerSettings, configuration: str) -> None:
+        self._server = server
+        self._settings = settings
+        self._configuration = configuration
+        self._shown: set[tuple[str, float | None]] = set()
+
+    def answers(self, samples: Sequence[Sample], budget: float | None) -> Iterator[Message]:
+        """Answers of all samples, asked in groups that the server's list of heads can hold.
+
+        Args:
+            budget: None to leave it to the server.
+
+        Raises:
+            EvalError: see `OpenAIServer.ask`.
+        """
+        for start in range(0, len(samples), KEPT_REQUESTS):
+            for reply in self._ask_group(samples[start : start + KEPT_REQUESTS], budget):
+                yield Message(kind="record", record=self._record(reply, budget))
+                shown = reply.sample.task, budget
+                options = self._server.options
+                if reply.heads is not None and options is not None and shown not in self._shown:
+                    self._shown.add(shown)
+                    example = HeadsExample(
+                        task=reply.sample.task,
+                        sample=reply.sample.name,
+                        policy=self._policy(budget),
+                        budget=budget,
+                        classifier=options.classifier,
+                        theta=options.theta,
+                        heads=reply.heads,
+                    )
+                    yield Message(kind="heads", heads=example)
+
+    def _ask_group(self, samples: Sequence[Sample], budget: float | None) -> list[Reply]:
+        before = self._server.stats() if self._server.options else None
+        with ThreadPoolExecutor(self._settings.concurrency) as pool:
+            completions = list(pool.map(lambda sample: self._server.ask(sample, budget), samples))
+        replies = [Reply(sample, completion) for sample, completion in zip(samples, completions, strict=True)]
+        after = self._server.stats() if before is not None else None
+        if before is None or after is None:
+            return replies
+        return self._with_memory(replies, before, after)
+
+    def _with_memory(self, replies: Sequence[Reply], before: Stats, after: Stats) -> list[Reply]:
+        """Adds what the counters say, if they changed by just what these prompts account for."""
+        count = after.requests_compressed - before.requests_compressed
+        heads = self._heads_of(replies, count)
+        compressed = [reply for reply in replies if reply.completion.id in heads]
+        # An answer of one token may end in the step that would have given its blocks back.
+        decoded = sum(reply.prompt_tokens // PAGE_TOKENS for reply in compressed if reply.output_tokens > 1)
+        either = sum(reply.prompt_tokens // PAGE_TOKENS for reply in compressed)
+        freed = after.blocks_freed - before.blocks_freed
+        tokens = after.prompt_tokens - before.prompt_tokens
+        adds_up = count == len(compressed) and tokens == sum(reply.prompt_tokens for reply in compressed)
+        gave_back: bool | None = None
+        if adds_up and decoded <= freed <= either and freed > 0:
+            gave_back = True
+        elif adds_up and freed == 0:
+            gave_back = False
+        return [
+            Reply(reply.sample, reply.completion, gave_back, heads.get(reply.completion.id))
+            for reply in replies
+        ]
+
+    def _heads_of(self, replies: Sequence[Reply], count: int) -> dict[str, RequestHeads]:
+        """By the answer's id; the server's own id of a request contains it."""
+        deadline = time.monotonic() + HEADS_SECONDS
+        while True:
+            listed = self._server.heads()
+            found = {
+                reply.completion.id: heads
+                for reply in replies
+                for heads in listed
+                if reply.completion.id in heads.request_id
+            }
+            if len(found) >= min(count, len(replies)) or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def _policy(self, budget: float | None) -> str:
+        return FULL if budget == 1.0 else self._server.policy
+
+    def _record(self, reply: Reply, budget: float | None) -> Record:
+        sample, tokens = reply.sample, reply.prompt_tokens
+        output = reply.completion.choices[0].message.content or ""
+        usage = reply.completion.usage
+        cached = usage.prompt_tokens_details.cached_tokens if usage and usage.prompt_tokens_details else None
+        held = self._held(reply, budget)
+        per_token = self._settings.kv_bytes_per_token
+        block_bytes = None if per_token is None else per_token * PAGE_TOKENS
+        recalled = reply.heads.recalled_share if reply.heads is not None else None
+        return Record(
+            configuration=self._configuration,
+            task=sample.task,
+            sample=sample.name,
+            context=sample.context,
+            policy=self._policy(budget),
+            budget=budget,
+            metric=sample.metric,
+            answer=sample.answer,
+            output=output,
+            score=score(output, sample),
+            word_hits=word_hits(output, sample.answer) if sample.metric == "words" else [],
+            prompt_tokens=tokens,
+            cached_tokens=cached,
+            output_tokens=reply.output_tokens,
+            compressed=None if self._server.options is None else reply.heads is not None,
+            blocks_full=ceil_pages(tokens),
+            blocks_held=held,
+            block_bytes=block_bytes,
+            recalled_share=recalled,
+            host_bytes=self._host_bytes(recalled, tokens, block_bytes),
+        )
+
+    def _held(self, reply: Reply, budget: float | None) -> int | None:
+        """Blocks of the arena, and what was not given back; None where the counters do not tell."""
+        blocks = ceil_pages(reply.prompt_tokens)
+        if self._server.options is None or budget is None or reply.output_tokens < 2:
+            return None
+        if reply.heads is None:
+            # Served uncompressed.
+            return blocks
+        if reply.freed is None:
+            return None
+        given_back = reply.prompt_tokens // PAGE_TOKENS if reply.freed else 0
+        return blocks - given_back + arena_blocks(budget, reply.prompt_tokens)
+
+    def _host_bytes(self, recalled: float | None, tokens: int, block_bytes: int | None) -> int | None:
+        options = self._server.options
+        if options is None or recalled is None or block_bytes is None:
+            return None
+        if options.recall_tier != "host":
+            return 0
+        return round(recalled * (tokens // PAGE_TOKENS) * block_bytes)

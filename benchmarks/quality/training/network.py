@@ -1,0 +1,192 @@
+"""Qwen2.5-VL's forward pass, arranged for training: one scene is read once and asked many questions.
+
+The weights are those of Transformers' model; `tests/quality/test_training.py` holds both passes together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from hybridkv_vllm.tiny_model import (
+    MAX_POSITIONS,
+    MERGE,
+    MROPE_SECTION,
+    PATCH,
+    SPECIAL_TOKENS,
+    TEMPORAL_PATCH,
+)
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, FEED_FORWARD = 256, 4, 4, 2, 64, 384
+VISION_HIDDEN, VISION_HEADS = 128, 2
+ROPE_THETA = 1_000_000.0
+# CLIP's, the image processor's default.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """The real architecture, small. Windows of one visual token: the tower reads each cell by itself."""
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    return Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "intermediate_size": FEED_FORWARD,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_SIZE,
+            "max_position_embeddings": MAX_POSITIONS,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": ROPE_THETA,
+                "mrope_section": list(MROPE_SECTION),
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": 2 * VISION_HIDDEN,
+            "num_heads": VISION_HEADS,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL_PATCH,
+            "tokens_per_second": 2,
+            "window_size": PATCH * MERGE,
+            "fullatt_block_indexes": [],
+            "out_hidden_size": HIDDEN,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def build_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
+    """Fresh weights from torch's current seed, scaled for a shallow network."""
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            into_residual = name.endswith(("o_proj", "down_proj", "attn.proj"))
+            std = module.weight[0].numel() ** -0.5 * ((2 * LAYERS) ** -0.5 if into_residual else 1.0)
+            module.weight.normal_(std=std)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_()
+    model.lm_head.weight.normal_(std=0.2 * HIDDEN**-0.5)
+    return model
+
+
+def to_patches(cells: Tensor) -> Tensor:
+    """`[N, 28, 28, 3]` uint8 cells as the image processor's patches, `[N, 4, 3 * 2 * 14 * 14]` fp32."""
+    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
+    pixels = (cells.float() / 255 - mean) / std
+    patches = pixels.unflatten(1, (MERGE, PATCH)).unflatten(3, (MERGE, PATCH)).permute(0, 1, 3, 5, 2, 4)
+    return patches.flatten(1, 2).unsqueeze(3).expand(-1, -1, -1, TEMPORAL_PATCH, -1, -1).flatten(2)
+
+
+def see(model: Qwen2_5_VLForConditionalGeneration, patches: Tensor) -> Tensor:
+    """The vision tower on single cells: `[N, 4, P]` patches to `[N, HIDDEN]`."""
+    tower = model.model.visual
+    hidden = patches @ tower.patch_embed.proj.weight.flatten(1).T
+    cos, sin = _patch_rotation(VISION_HIDDEN // VISION_HEADS)
+    for block in tower.blocks:
+        qkv = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, VISION_HEADS, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value)
+        hidden = hidden + block.attn.proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    merger = tower.merger
+    return merger.mlp(merger.ln_q(hidden).flatten(1))
+
+
+def _patch_rotation(size: int) -> tuple[Tensor, Tensor]:
+    """cos, sin `[4, size]` of the four patches of a cell: rows take the first half of the frequencies."""
+    frequencies = 10000.0 ** -(torch.arange(0, size // 2, 2) / (size // 2))
+    row, column = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    angle = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def text_rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin `[N, HEAD_SIZE]` of M-RoPE positions `[3, N]` (time, row, column)."""
+    frequencies = ROPE_THETA ** -(torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(MROPE_SECTION))
+    angle = positions.float()[axis].T * frequencies
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B scenes of T tokens, each with Q questions (with their answers) of N tokens.
+
+    Attributes:
+        context: `[B, T, HIDDEN]` fp32 embeddings of the scene's tokens.
+        context_positions: `[3, T]` M-RoPE positions, alike for all.
+        questions: `[B, Q, N]` token ids; each question follows the scene and sees no other question.
+        targets: `[B, Q, N]` the next token where it is part of an answer, else -100.
+        tasks: `[B][Q]` the questions' tasks.
+    """
+
+    context: Tensor
+    context_positions: Tensor
+    questions: Tensor
+    targets: Tensor
+    tasks: list[list[str]]
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Logits of the places of `batch.targets` that are not -100, in their order: `[M, vocabulary]`."""
+    language = model.model.language_model
+    _, per_scene, width = batch.questions.shape
+    scene = batch.context.shape[1]
+    asked = per_scene * width
+    embedded = language.embed_tokens(batch.questions.flatten(1))
+    hidden = torch.cat([batch.context, embedded], dim=1)
+    following = batch.context_positions.max() + 1 + torch.arange(width).repeat(per_scene)
+    cos, sin = text_rotation(torch.cat([batch.context_positions, following.expand(3, -1)], dim=1))
+    mask = torch.ones(asked, scene + asked, dtype=torch.bool)
+    block = torch.ones(width, width, dtype=torch.bool).tril()
+    mask[:, scene:] = torch.block_diag(*[block] * per_scene)
+    for number, layer in enumerate(language.layers):
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        query = attention.q_proj(normed).unflatten(-1, (HEADS, HEAD_SIZE)).transpose(1, 2)
+        key = attention.k_proj(normed).unflatten(-1, (KV_HEADS, HEAD_SIZE)).transpose(1, 2)
+        value = attention.v_proj(normed).unflatten(-1, (KV_HEADS, HEAD_SIZE)).transpose(1, 2)
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        group = HEADS // KV_HEADS
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        mixed = F.scaled_dot_product_attention(query[:, :, scene:], key, value, attn_mask=mask)
+        if number < len(language.layers) - 1:
+            own = F.scaled_dot_product_attention(
+                query[:, :, :scene], key[:, :, :scene], value[:, :, :scene], is_causal=True
+            )
+            mixed = torch.cat([own, mixed], dim=2)
+        else:
+            hidden = hidden[:, scene:]  # Nothing reads the scene after the last layer's keys.
+        hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    wanted = language.norm(hidden)[batch.targets.flatten(1) != -100]
+    return model.lm_head(wanted)

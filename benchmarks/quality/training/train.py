@@ -1,0 +1,248 @@
+"""Trains the small Qwen2.5-VL that the quality suite and `make demo` use, on a CPU.
+
+python benchmarks/quality/training/train.py --out FOLDER [--minutes 60] [--seed 0] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batches import Batches, Drawings, kinds_of
+from export import write_folder
+from hybridkv_quality.lexicon import GLYPHS
+from hybridkv_quality.questions import TASKS
+from hybridkv_quality.scenes import ALL_NAMES, Kind, Shape, shape_for
+from network import HIDDEN, answer_logits, build_config, build_model, see, to_patches
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from vocabulary import build_tokenizer
+
+# How long scenes are at each level of the curriculum, in tokens.
+LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+# A level is left when this share of the whole answers about boards is right, over its last batches.
+MASTERED, BATCHES_TO_MASTER = 0.93, 24
+PEAK_RATE, WARMUP = 1.5e-3, 200
+# Tokens a step; a long scene makes a step of its own.
+STEP_TOKENS = 1800
+WEIGHTS = {
+    "recall": 1.0,
+    "multi_recall": 1.5,
+    "chain": 2.0,
+    "second_question": 0.7,
+    "index": 0.7,
+    "order": 0.7,
+    "count": 0.7,
+    "text_needle": 0.4,
+    "picture_needle": 0.5,
+    "video": 0.7,
+}
+# Share of the scenes, where they are small enough, in which all names have one colour.
+ONE_COLOUR = 0.4
+VISION_STEPS, VISION_BATCH, VISION_CLUTTER = 1000, 224, 32
+
+
+def learn_to_see(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, drawings: Drawings, seed: int
+) -> float:
+    """Aligns the vision tower with the words; returns the share of cells read right.
+
+    A domino's feature becomes the sum of its left half's words, as the language model embeds them, and of
+    its right half's, rotated, so that the two can be told apart; clutter becomes the placeholder's embedding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embedding = model.model.language_model.embed_tokens.weight.detach()
+    ids = tokenizer.get_vocab()
+    words = torch.stack([embedding[[ids["Ġ" + word] for word in name]].sum(0) for name in ALL_NAMES])
+    rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=generator)).Q
+    clutter_target = embedding[ids["<|image_pad|>"]].expand(VISION_CLUTTER, -1)
+    tower = model.model.visual
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=VISION_STEPS)
+    right: list[float] = []
+    for step in range(VISION_STEPS):
+        left, other = torch.randint(len(ALL_NAMES), (2, VISION_BATCH), generator=generator)
+        picked = torch.randint(len(drawings.clutter), (VISION_CLUTTER,), generator=generator)
+        cells = torch.cat([drawings.dominoes(left, other, generator), drawings.clutter[picked]])
+        features = see(model, to_patches(cells))
+        targets = torch.cat([(words[left] + words[other] @ rotation.T) / 2, clutter_target])
+        loss = F.mse_loss(features, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        dominoes = features[:VISION_BATCH].detach()
+        read = (dominoes @ words.T).argmax(-1) == left
+        read &= (dominoes @ rotation @ words.T).argmax(-1) == other
+        right.append(read.float().mean().item())
+        if step % 100 == 0 or step == VISION_STEPS - 1:
+            print(f"vision {step} loss {loss.item():.4f} right {np.mean(right[-50:]):.4f}", flush=True)
+    return float(np.mean(right[-50:]))
+
+
+class Curriculum:
+    """Chooses each step's scenes: those of the highest level reached half of the time, else any below."""
+
+    def __init__(self, seed: int, level: int = 0) -> None:
+        self.level = level
+        self.rng = np.random.default_rng(seed)
+        self.copied = 0.0
+        self._right: list[float] = []
+
+    def tokens(self) -> int:
+        """Length of the next scenes."""
+        if self.rng.random() < 0.5:
+            return LEVELS[self.level]
+        return LEVELS[int(self.rng.integers(max(0, self.level - 5), self.level + 1))]
+
+    def kind(self) -> Kind:
+        """What kind the next scenes are."""
+        kinds = kinds_of(WEIGHTS)
+        chances = np.array(list(kinds.values()))
+        return list(kinds)[int(self.rng.choice(len(kinds), p=chances / chances.sum()))]
+
+    def copies(self) -> bool:
+        """Whether the next step practises copying: often until that is learnt."""
+        return bool(self.rng.random() < (0.4 if self.copied < 0.98 else 0.05))
+
+    def shape(self, kind: Kind, tokens: int) -> Shape:
+        """The next scenes' shape."""
+        most = min(256, tokens // 6)
+        dominoes = int(self.rng.integers(max(2, most // 4), most + 1))
+        shape = shape_for(kind, tokens, self.rng, dominoes)
+        if self.rng.random() < ONE_COLOUR and shape.dominoes <= len(GLYPHS) and kind != "gallery":
+            return replace(shape, colours=1)
+        return shape
+
+    def note(self, tokens: int, right: float) -> None:
+        """Takes in the share of whole answers right; moves up where the level is mastered."""
+        if tokens == LEVELS[self.level]:
+            self._right.append(right)
+        recent = self._right[-BATCHES_TO_MASTER:]
+        enough = len(recent) == BATCHES_TO_MASTER and np.mean(recent) >= MASTERED
+        if enough and self.level < len(LEVELS) - 1:
+            self.level += 1
+            self._right.clear()
+
+
+def main() -> None:
+    """Trains and writes the model, its curve and its settings."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
+    parser.add_argument("--rate", type=float, default=PEAK_RATE)
+    parser.add_argument("--level", type=int, default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_model(build_config(tokenizer))
+    drawings = Drawings.draw(np.random.default_rng(args.seed))
+    curve: list[dict[str, object]] = []
+    level = 0
+    state = None
+    if args.resume:
+        state = torch.load(args.out / "state.pt", weights_only=False)
+        model.load_state_dict(state["model"])
+        curve, level = state["curve"], state["level"]
+    else:
+        seen = learn_to_see(model, tokenizer, drawings, args.seed)
+        curve.append({"vision_right": seen})
+    if args.level is not None:
+        level = args.level
+    model.model.visual.requires_grad_(False)
+    first = int(curve[-1].get("step", 0)) + 1 if len(curve) > 1 else 1
+    batches = Batches(model, tokenizer, drawings, args.seed + first)
+    curriculum = Curriculum(args.seed + first, level)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    began = time.monotonic()
+    sums: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
+    losses: list[float] = []
+    step = first
+    while True:
+        spent = (time.monotonic() - began) / (60 * args.minutes)
+        if spent >= 1:
+            break
+        # Falls in the last 30% of the time, so that the end is settled.
+        rate = args.rate * min(1.0, (step - first + 1) / WARMUP) * min(1.0, (1 - spent) / 0.3 + 0.02)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if curriculum.copies():
+            kind, tokens = None, 0
+            batch = batches.draw_copies(64)
+        else:
+            kind, tokens = curriculum.kind(), curriculum.tokens()
+            shape = curriculum.shape(kind, tokens)
+            questions = 8 if tokens < 512 else 16
+            scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
+            batch = batches.draw(shape, scenes, questions, WEIGHTS)
+        # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = answer_logits(model, batch).float()
+        wanted = batch.targets[batch.targets != -100]
+        loss = F.cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        hit = torch.ones(batch.targets.shape, dtype=torch.bool)
+        hit[batch.targets != -100] = logits.argmax(-1) == wanted
+        whole = hit.all(-1)
+        for row, names in enumerate(batch.tasks):
+            for place, name in enumerate(names):
+                sums[name].append(float(whole[row, place]))
+        losses.append(loss.item())
+        if kind == "boards":
+            curriculum.note(tokens, whole.float().mean().item())
+        if kind is None:
+            curriculum.copied += 0.1 * (whole.float().mean().item() - curriculum.copied)
+        if step % 50 == 0:
+            shares = {
+                name: round(float(np.mean(values[-200:])), 3) for name, values in sums.items() if values
+            }
+            seconds = round(time.monotonic() - began)
+            point = {
+                "step": step,
+                "seconds": seconds,
+                "level": LEVELS[curriculum.level],
+                "loss": round(float(np.mean(losses[-50:])), 4),
+                "right": shares,
+            }
+            curve.append(point)
+            print(json.dumps(point), flush=True)
+        if step % 250 == 0:
+            _save(args.out, model, optimizer, curve, curriculum.level)
+        step += 1
+    _save(args.out, model, optimizer, curve, curriculum.level)
+    write_folder(model, tokenizer, args.out / "model")
+    (args.out / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+
+
+def _save(
+    out: Path,
+    model: Qwen2_5_VLForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    curve: list[dict[str, object]],
+    level: int,
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve, "level": level}
+    torch.save(state, out / "state.pt.part")
+    (out / "state.pt.part").replace(out / "state.pt")
+
+
+if __name__ == "__main__":
+    main()
