@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import Tier
-from hybridkv_vllm.policies import POLICIES, PolicyOptions
+from hybridkv_vllm.policies import POLICIES, PolicyOptions, StaticWeight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,6 +47,11 @@ class ServerOptions(BaseModel):
         le=1,
         allow_inf_nan=False,
         description="Coefficient r: what dynamic heads get of an equal share of the budget.",
+    )
+    static_weight: StaticWeight = Field(
+        default="dense",
+        description="By what static heads share their part of the budget: `dense`, the less sparse get more; "
+        "`sparse`, the more sparse; `even`, all alike.",
     )
     landmark: LandmarkKind = Field(
         default="sketch", description="What the GPU keeps of a dynamic head's chunk to score it."
@@ -85,6 +90,7 @@ class ServerOptions(BaseModel):
             classifier=self.classifier,
             theta=self.theta,
             dynamic_share=self.dynamic_share,
+            static_weight=self.static_weight,
         )
 
     @property

@@ -18,6 +18,7 @@ def test_the_names_and_defaults_that_users_were_promised() -> None:
         "classifier": "text_mass",
         "theta": 0.9,
         "dynamic_share": 0.4,
+        "static_weight": "dense",
         "landmark": "sketch",
         "dynamic_tier": "host",
         "host_pool_gib": None,

@@ -43,7 +43,8 @@ class Run:
 
 
 def runs() -> Iterator[Run]:
-    """All runs, the most important first."""
+    """All runs, the most important first. CI repeats `slice`."""
+    yield Run("slice", budgets="0.1,1.0", tasks=None, tokens=1024, contexts=4)
     yield Run("main", f"hybridkv,{RIVALS}", "0.05,0.1,0.2,0.5,1.0", tasks=None, contexts=20)
     for tokens, contexts in ((512, 20), (4096, 8), (8192, 5)):
         yield Run(

@@ -1,6 +1,14 @@
 """Methods that choose what stays of a prompt's KV cache: pure torch, without vLLM."""
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.base import (
+    Policy,
+    PolicyOptions,
+    PromptScores,
+    Recall,
+    Selection,
+    StaticWeight,
+    Verdict,
+)
 from hybridkv_vllm.policies.budget import recall_limits
 from hybridkv_vllm.policies.classify import CLASSIFIERS
 from hybridkv_vllm.policies.registry import POLICIES, get_policy
@@ -13,6 +21,7 @@ __all__ = [
     "PromptScores",
     "Recall",
     "Selection",
+    "StaticWeight",
     "Verdict",
     "get_policy",
     "recall_limits",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from hybridkv_kernels.recall.layout import LandmarkKind
 from torch import Tensor
 
 from hybridkv_vllm.plan import PAGE_TOKENS
+
+StaticWeight = Literal["dense", "sparse", "even"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class PolicyOptions:
         theta: a KV head is static where its figure is at least this, in [0, 1]. The paper's 0.9.
         dynamic_share: r, what dynamic heads get of an equal share of the budget, in [0, 1]; 0.4 is our
             reading.
+        static_weight: by what static heads share their part: `dense`, 1 - S (our reading); `sparse`, S;
+            `even`, nothing.
 
     Raises:
         ValueError: a number out of range.
@@ -99,6 +103,7 @@ class PolicyOptions:
     classifier: str = "text_mass"
     theta: float = 0.9
     dynamic_share: float = 0.4
+    static_weight: StaticWeight = "dense"
 
     def __post_init__(self) -> None:
         for name in ("theta", "dynamic_share"):

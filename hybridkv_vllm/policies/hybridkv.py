@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+import torch
+from torch import Tensor
+
+from hybridkv_vllm.policies.base import (
+    Policy,
+    PolicyOptions,
+    PromptScores,
+    Recall,
+    Selection,
+    StaticWeight,
+    Verdict,
+)
 from hybridkv_vllm.policies.budget import allocate_pages
 from hybridkv_vllm.policies.select import fill_pages, settle_recall, text_first
 
@@ -29,6 +40,12 @@ class HybridKV(Policy):
         """Pages of a head that recalls which r must not undercut."""
         return recall.least_pages
 
+    def _sparsity_for(self, weight: StaticWeight, sparsity: Tensor) -> Tensor:
+        """What stands for S, of which the allocation weighs static heads by 1 - S."""
+        if weight == "dense":
+            return sparsity
+        return 1 - sparsity if weight == "sparse" else torch.zeros_like(sparsity)
+
     def select(
         self,
         scores: PromptScores,
@@ -39,7 +56,7 @@ class HybridKV(Policy):
     ) -> Selection:
         settled = settle_recall(recall, verdict, scores, pages)
         head_pages = allocate_pages(
-            verdict.sparsity,
+            self._sparsity_for(options.static_weight, verdict.sparsity),
             settled.heads,
             pages=pages,
             capacity=scores.capacity,

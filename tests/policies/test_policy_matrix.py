@@ -121,6 +121,12 @@ def visual_pages(scores: PromptScores, pages: int, window: int) -> list[int]:
     return weighted([max(1, int(min(1.0, m) * 2**30)) for m in mass], given, floor, scores.capacity)
 
 
+def weighed(sparsity: torch.Tensor, options: PolicyOptions) -> list[float]:
+    """What the weight is one minus of."""
+    for_weight = {"dense": sparsity, "sparse": 1 - sparsity, "even": 0 * sparsity}
+    return for_weight[options.static_weight].flatten().tolist()
+
+
 def expected_pages(
     policy: str, scores: PromptScores, pages: int, options: PolicyOptions, selection: Selection, least: int
 ) -> list[int]:
@@ -138,7 +144,7 @@ def expected_pages(
     # Quest's heads are equals, but that those that recall get their least.
     quest = policy == "quest"
     return Allocation(
-        sparsity=[0.0] * scores.heads if quest else selection.sparsity.flatten().tolist(),
+        sparsity=[0.0] * scores.heads if quest else weighed(selection.sparsity, options),
         dynamic=selection.recalled.flatten().tolist(),
         pages=pages,
         capacity=capacity,
@@ -272,6 +278,7 @@ def test_random_prompts(data: st.DataObject) -> None:
         classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
         theta=data.draw(st.floats(0, 1), "theta"),
         dynamic_share=data.draw(st.floats(0, 1), "dynamic_share"),
+        static_weight=data.draw(st.sampled_from(["dense", "sparse", "even"]), "static_weight"),
     )
     pages = data.draw(st.integers(0, scores.heads * scores.capacity + 3), "pages")
     found = recalls(scores, pages, data.draw(st.integers(0, 2**20), "found"))
@@ -305,6 +312,7 @@ def test_any_recall_that_fits(data: st.DataObject) -> None:
     options = PolicyOptions(
         classifier=data.draw(st.sampled_from(list(CLASSIFIERS)), "classifier"),
         dynamic_share=data.draw(st.floats(0, 1), "dynamic_share"),
+        static_weight=data.draw(st.sampled_from(["dense", "sparse", "even"]), "static_weight"),
     )
     check(data.draw(st.sampled_from(RECALLING), "policy"), scores, pages, options, recall)
 

@@ -91,12 +91,16 @@ def watch_heads(model: Any, processor: Any, sample: Sample, share: float) -> Hea
 
 def mean_behaviour(seen: Sequence[HeadBehaviour]) -> HeadBehaviour:
     """The mean over prompts."""
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).mean(0)
+
     return HeadBehaviour(
-        *(
-            torch.stack([getattr(one, name) for one in seen]).mean(0)
-            for name in ("reach", "pruned", "best", "overlap")
-        ),
-        figures={name: torch.stack([one.figures[name] for one in seen]).mean(0) for name in seen[0].figures},
+        reach=mean([one.reach for one in seen]),
+        pruned=mean([one.pruned for one in seen]),
+        best=mean([one.best for one in seen]),
+        overlap=mean([one.overlap for one in seen]),
+        figures={name: mean([one.figures[name] for one in seen]) for name in CLASSIFIERS},
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hybridkv_quality.lexicon import COLOURS, FILLER, GLYPHS, RECITE
+from hybridkv_quality.lexicon import COLOURS, COMMA, FILLER, GLYPHS, RECITE
 from hybridkv_quality.pictures import Board, Name, draw_clutter, draw_half
 from hybridkv_quality.questions import TASKS, Question, Turn, say
 from hybridkv_quality.scenes import ALL_NAMES, Kind, Scene, Shape, build_scene
@@ -71,7 +71,34 @@ class Batches:
         asked = [self._questions(scene, questions, weights) for scene in built]
         tokens, targets = self._pad(asked)
         context, positions = self._contexts(built)
-        return Batch(context, positions, tokens, targets, [[task for task, _, _ in scene] for scene in asked])
+        lookups = torch.full_like(tokens, -1)
+        for row, scene in enumerate(built):
+            places = self._places(scene)
+            for place, (_, ids, _) in enumerate(asked[row]):
+                # A name's letter and what is said after it both need the name's domino.
+                for last in range(1, len(ids)):
+                    if (found := places.get((ids[last - 1], ids[last]))) is not None:
+                        lookups[row, place, last : last + 2] = found
+        ends = torch.tensor([-100, self._ids["<|im_end|>"], *self._words(COMMA)])
+        lookups[torch.isin(targets, ends)] = -1
+        tasks = [[task for task, _, _ in scene] for scene in asked]
+        return Batch(context, positions, tokens, targets, tasks, lookups)
+
+    def _places(self, scene: Scene) -> dict[tuple[int, int], int]:
+        """Where the scene's dominoes stand among its tokens, by the ids of their names."""
+        places: dict[tuple[int, int], int] = {}
+        at = 3
+        for part in scene.parts:
+            if isinstance(part, str):
+                at += len(part.split())
+                continue
+            cells = [cell for row in part for cell in row]
+            for number, cell in enumerate(cells, start=at + 1):
+                if cell is not None:
+                    colour, glyph = self._words(" ".join(cell.name))
+                    places[colour, glyph] = number
+            at += len(cells) + 2
+        return places
 
     def draw_copies(self, count: int) -> Batch:
         """A batch without pictures: words to be said again. Cheap practice in copying from a question."""

@@ -15,15 +15,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from hybridkv_vllm.tiny_model import (
     MAX_POSITIONS,
     MERGE,
-    MROPE_SECTION,
     PATCH,
     SPECIAL_TOKENS,
     TEMPORAL_PATCH,
 )
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, FEED_FORWARD = 256, 4, 4, 2, 64, 384
+# The layer whose first head is shown, at the beginning, which domino to look at.
+POINTING_LAYER = 2
 VISION_HIDDEN, VISION_HEADS = 128, 2
-ROPE_THETA = 1_000_000.0
+# Faster and more frequencies for time than the real model's: a shallow network finds neighbours by them.
+ROPE_THETA = 10_000.0
+MROPE_SECTION = (16, 8, 8)
 # CLIP's, the image processor's default.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -84,10 +87,12 @@ def build_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
             std = module.weight[0].numel() ** -0.5 * ((2 * LAYERS) ** -0.5 if into_residual else 1.0)
             module.weight.normal_(std=std)
             if module.bias is not None:
-                module.bias.zero_()
+                # Random positional tastes, from which heads for neighbours grow.
+                module.bias.normal_(std=1.0 if name.endswith(("q_proj", "k_proj")) else 0.0)
         elif isinstance(module, nn.Embedding):
             module.weight.normal_()
-    model.lm_head.weight.normal_(std=0.2 * HIDDEN**-0.5)
+    # Words are said in the terms in which they are read, so that copying is easily learnt.
+    model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight * (0.25 * HIDDEN**-0.5))
     return model
 
 
@@ -137,6 +142,13 @@ def text_rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def _pointing(query: Tensor, key: Tensor, mask: Tensor, lookups: Tensor) -> Tensor:
+    """Log-probabilities `[M]` of the tokens to look up, for one head's `[B, N, D]` queries."""
+    scores = (query @ key.transpose(1, 2) * HEAD_SIZE**-0.5).float().masked_fill(~mask, -torch.inf)
+    asked = lookups >= 0
+    return scores[asked].log_softmax(-1).gather(-1, lookups[asked].unsqueeze(-1)).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """B scenes of T tokens, each with Q questions (with their answers) of N tokens.
@@ -147,6 +159,7 @@ class Batch:
         questions: `[B, Q, N]` token ids; each question follows the scene and sees no other question.
         targets: `[B, Q, N]` the next token where it is part of an answer, else -100.
         tasks: `[B][Q]` the questions' tasks.
+        lookups: `[B, Q, N]` the scene's token that holds what comes next, where that is a domino, else -1.
     """
 
     context: Tensor
@@ -154,10 +167,17 @@ class Batch:
     questions: Tensor
     targets: Tensor
     tasks: list[list[str]]
+    lookups: Tensor | None = None
 
 
-def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
-    """Logits of the places of `batch.targets` that are not -100, in their order: `[M, vocabulary]`."""
+def answer_logits(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, found: list[Tensor] | None = None
+) -> Tensor:
+    """Logits of the places of `batch.targets` that are not -100, in their order: `[M, vocabulary]`.
+
+    Args:
+        found: takes the log-probability with which the pointing head attends to each of `batch.lookups`.
+    """
     language = model.model.language_model
     _, per_scene, width = batch.questions.shape
     scene = batch.context.shape[1]
@@ -178,6 +198,8 @@ def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Te
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         group = HEADS // KV_HEADS
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        if found is not None and number == POINTING_LAYER and batch.lookups is not None:
+            found.append(_pointing(query[:, 0, scene:], key[:, 0], mask, batch.lookups.flatten(1)))
         mixed = F.scaled_dot_product_attention(query[:, :, scene:], key, value, attn_mask=mask)
         if number < len(language.layers) - 1:
             own = F.scaled_dot_product_attention(

@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ MASTERED, BATCHES_TO_MASTER = 0.93, 24
 PEAK_RATE, WARMUP = 1.5e-3, 200
 # Tokens a step; a long scene makes a step of its own.
 STEP_TOKENS = 1800
+REPORT_EVERY = 50
+CURVE = "curve.json"
 WEIGHTS = {
     "recall": 1.0,
     "multi_recall": 1.5,
@@ -43,8 +46,10 @@ WEIGHTS = {
     "picture_needle": 0.5,
     "video": 0.7,
 }
+# So long, one head is shown which domino to look at; left to itself it finds out too, but in hours.
+POINTING_STEPS, POINTING_WEIGHT = 1500, 0.5
 # Share of the scenes, where they are small enough, in which all names have one colour.
-ONE_COLOUR = 0.4
+ONE_COLOUR = 0.25
 VISION_STEPS, VISION_BATCH, VISION_CLUTTER = 1000, 224, 32
 
 
@@ -136,7 +141,8 @@ def main() -> None:
     """Trains and writes the model, its curve and its settings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="the rate falls in the last 30%% of it")
+    parser.add_argument("--steps", type=int, help="stop there, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
@@ -149,7 +155,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(build_config(tokenizer))
     drawings = Drawings.draw(np.random.default_rng(args.seed))
-    curve: list[dict[str, object]] = []
+    curve: list[dict[str, Any]] = []
     level = 0
     state = None
     if args.resume:
@@ -166,8 +172,8 @@ def main() -> None:
     batches = Batches(model, tokenizer, drawings, args.seed + first)
     curriculum = Curriculum(args.seed + first, level)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
-    if state is not None:
+    optimizer = torch.optim.AdamW(_groups(model), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
+    if state is not None and len(state["optimizer"]["param_groups"]) == 2:
         optimizer.load_state_dict(state["optimizer"])
     began = time.monotonic()
     sums: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
@@ -175,12 +181,12 @@ def main() -> None:
     step = first
     while True:
         spent = (time.monotonic() - began) / (60 * args.minutes)
-        if spent >= 1:
+        if spent >= 1 or (args.steps is not None and step > args.steps):
             break
         # Falls in the last 30% of the time, so that the end is settled.
         rate = args.rate * min(1.0, (step - first + 1) / WARMUP) * min(1.0, (1 - spent) / 0.3 + 0.02)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["boost"]
         if curriculum.copies():
             kind, tokens = None, 0
             batch = batches.draw_copies(64)
@@ -191,10 +197,14 @@ def main() -> None:
             scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
             batch = batches.draw(shape, scenes, questions, WEIGHTS)
         # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
+        found: list[torch.Tensor] = []
         with torch.autocast("cpu", torch.bfloat16):
-            logits = answer_logits(model, batch).float()
+            logits = answer_logits(model, batch, found if step <= POINTING_STEPS else None).float()
         wanted = batch.targets[batch.targets != -100]
         loss = F.cross_entropy(logits, wanted)
+        losses.append(loss.item())
+        if found and found[0].numel():
+            loss = loss - POINTING_WEIGHT * found[0].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -205,12 +215,11 @@ def main() -> None:
         for row, names in enumerate(batch.tasks):
             for place, name in enumerate(names):
                 sums[name].append(float(whole[row, place]))
-        losses.append(loss.item())
         if kind == "boards":
             curriculum.note(tokens, whole.float().mean().item())
         if kind is None:
             curriculum.copied += 0.1 * (whole.float().mean().item() - curriculum.copied)
-        if step % 50 == 0:
+        if step % REPORT_EVERY == 0:
             shares = {
                 name: round(float(np.mean(values[-200:])), 3) for name, values in sums.items() if values
             }
@@ -224,19 +233,34 @@ def main() -> None:
             }
             curve.append(point)
             print(json.dumps(point), flush=True)
-        if step % 250 == 0:
+        if step % (5 * REPORT_EVERY) == 0:
             _save(args.out, model, optimizer, curve, curriculum.level)
         step += 1
     _save(args.out, model, optimizer, curve, curriculum.level)
     write_folder(model, tokenizer, args.out / "model")
-    (args.out / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+    (args.out / CURVE).write_text(json.dumps(curve, indent=1) + "\n")
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    """The points of a finished training."""
+    points: list[dict[str, Any]] = json.loads((folder / CURVE).read_text())
+    return points
+
+
+def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, object]]:
+    """Weights, and biases with ten times their rate: heads for neighbours need large ones."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if not name.endswith("bias")], "boost": 1.0},
+        {"params": [p for name, p in named if name.endswith("bias")], "boost": 10.0, "weight_decay": 0.0},
+    ]
 
 
 def _save(
     out: Path,
     model: Qwen2_5_VLForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
-    curve: list[dict[str, object]],
+    curve: list[dict[str, Any]],
     level: int,
 ) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve, "level": level}

@@ -1,0 +1,53 @@
+"""Guards quality: a small part of the suite on the real engine, against the committed figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hybridkv_quality.page import PAGE, RESULTS, read_results, write_page
+from hybridkv_quality.report import ConditionResult, Results
+from hybridkv_quality.settings import FULL
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+
+import sweep  # noqa: E402
+
+BUDGET = 0.1
+
+
+def condition(results: Results, policy: str) -> ConditionResult:
+    """The full cache, or a policy at 10%."""
+    return next(
+        c for c in results.conditions if c.policy == policy and (policy == FULL or c.budget == BUDGET)
+    )
+
+
+@pytest.mark.slow
+def test_accuracy_is_the_committed_one(tmp_path: Path) -> None:
+    (run,) = (run for run in sweep.runs() if run.name == "slice")
+    command = Path(sys.executable).with_name("hybridkv")
+    subprocess.run([command, "eval", *run.arguments(tmp_path)], check=True, timeout=600)
+    now = Results.model_validate_json((tmp_path / "slice" / "results.json").read_text())
+    committed = read_results(RESULTS)["slice"]
+    for policy in (FULL, "hybridkv"):
+        before, after = condition(committed, policy), condition(now, policy)
+        assert after.n == before.n
+        assert before.mean.low <= after.mean.value <= before.mean.high, policy
+        assert after.memory.held_share == pytest.approx(before.memory.held_share, rel=1e-6)
+    assert condition(now, "hybridkv").memory.held_share < 2 * BUDGET
+
+
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
+    write_page(RESULTS, tmp_path / "quality.md")
+    assert (tmp_path / "quality.md").read_text() == PAGE.read_text()
+    assert {file.name for file in (tmp_path / "quality").iterdir()} == {
+        file.name for file in PAGE.with_suffix("").iterdir()
+    }
+
+
+def test_every_run_is_there() -> None:
+    assert {run.name for run in sweep.runs()} <= set(read_results(RESULTS))
