@@ -73,32 +73,41 @@ class Batches:
         context, positions = self._contexts(built)
         lookups = torch.full_like(tokens, -1)
         for row, scene in enumerate(built):
-            places = self._places(scene)
+            sources = self._sources(scene)
             for place, (_, ids, _) in enumerate(asked[row]):
-                # A name's letter and what is said after it both need the name's domino.
                 for last in range(1, len(ids)):
-                    if (found := places.get((ids[last - 1], ids[last]))) is not None:
-                        lookups[row, place, last : last + 2] = found
+                    named = sources.get((ids[last - 1], ids[last]))
+                    found = named or sources.get((ids[last],)) or []
+                    here = slice(last, last + len(found))
+                    lookups[row, place, here] = torch.tensor(found, dtype=torch.long)
         ends = torch.tensor([-100, self._ids["<|im_end|>"], *self._words(COMMA)])
-        lookups[torch.isin(targets, ends)] = -1
+        lookups[torch.isin(targets, ends) | (tokens == self._ids["Ġ" + COMMA])] = -1
         tasks = [[task for task, _, _ in scene] for scene in asked]
         return Batch(context, positions, tokens, targets, tasks, lookups)
 
-    def _places(self, scene: Scene) -> dict[tuple[int, int], int]:
-        """Where the scene's dominoes stand among its tokens, by the ids of their names."""
-        places: dict[tuple[int, int], int] = {}
-        at = 3
+    def _sources(self, scene: Scene) -> dict[tuple[int, ...], list[int]]:
+        """Which of the scene's tokens the words behind a name come from, by the ids that end the name.
+
+        A domino's name or its picture's ordinal: the domino, for two words. A note's name: its words.
+        """
+        sources: dict[tuple[int, ...], list[int]] = {}
+        at, ordinal = 3, 0
         for part in scene.parts:
             if isinstance(part, str):
-                at += len(part.split())
+                ids = self._words(part)
+                if scene.notes:
+                    sources[ids[1],] = list(range(at + 2, at + len(ids)))
+                at, ordinal = at + len(ids), ids[-1]
                 continue
             cells = [cell for row in part for cell in row]
             for number, cell in enumerate(cells, start=at + 1):
                 if cell is not None:
                     colour, glyph = self._words(" ".join(cell.name))
-                    places[colour, glyph] = number
+                    sources[colour, glyph] = [number] * 2
+                    if scene.gallery:
+                        sources[ordinal,] = [number] * 2
             at += len(cells) + 2
-        return places
+        return sources
 
     def draw_copies(self, count: int) -> Batch:
         """A batch without pictures: words to be said again. Cheap practice in copying from a question."""

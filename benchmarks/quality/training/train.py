@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,35 +20,36 @@ from batches import Batches, Drawings, kinds_of
 from export import write_folder
 from hybridkv_quality.lexicon import GLYPHS
 from hybridkv_quality.questions import TASKS
-from hybridkv_quality.scenes import ALL_NAMES, Kind, Shape, shape_for
+from hybridkv_quality.scenes import ALL_NAMES, KINDS, Kind, Shape, shape_for
 from network import HIDDEN, answer_logits, build_config, build_model, see, to_patches
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vocabulary import build_tokenizer
 
 # How long scenes are at each level of the curriculum, in tokens.
-LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 # A level is left when this share of the whole answers about boards is right, over its last batches.
-MASTERED, BATCHES_TO_MASTER = 0.93, 24
+MASTERED, BATCHES_TO_MASTER = 0.93, 12
 PEAK_RATE, WARMUP = 1.5e-3, 200
+BIAS_BOOST = 3.0
 # Tokens a step; a long scene makes a step of its own.
 STEP_TOKENS = 1800
 REPORT_EVERY = 50
 CURVE = "curve.json"
 WEIGHTS = {
-    "recall": 1.0,
-    "multi_recall": 1.5,
-    "chain": 2.0,
-    "second_question": 0.7,
-    "index": 0.7,
-    "order": 0.7,
-    "count": 0.7,
-    "text_needle": 0.4,
-    "picture_needle": 0.5,
-    "video": 0.7,
+    "recall": 0.3,
+    "multi_recall": 0.7,
+    "chain": 1.0,
+    "second_question": 0.5,
+    "index": 1.0,
+    "order": 1.0,
+    "count": 0.5,
+    "text_needle": 1.0,
+    "picture_needle": 0.6,
+    "video": 0.6,
 }
 # So long, one head is shown which domino to look at; left to itself it finds out too, but in hours.
-POINTING_STEPS, POINTING_WEIGHT = 1500, 0.5
+POINTING_STEPS, POINTING_WEIGHT = 6000, 0.5
 # Share of the scenes, where they are small enough, in which all names have one colour.
 ONE_COLOUR = 0.25
 VISION_STEPS, VISION_BATCH, VISION_CLUTTER = 1000, 224, 32
@@ -93,25 +95,45 @@ def learn_to_see(
 
 
 class Curriculum:
-    """Chooses each step's scenes: those of the highest level reached half of the time, else any below."""
+    """Chooses each step's scenes: each kind grows longer on its own, whenever its length is mastered.
 
-    def __init__(self, seed: int, level: int = 0) -> None:
-        self.level = level
+    Half of the scenes are of the highest level that their kind has reached, the others of any below.
+    """
+
+    def __init__(self, seed: int, levels: Mapping[Kind, int] | None = None) -> None:
+        self.levels: dict[Kind, int] = dict.fromkeys(KINDS, 0) | {
+            kind: min(level, len(LEVELS) - 1) for kind, level in (levels or {}).items()
+        }
         self.rng = np.random.default_rng(seed)
         self.copied = 0.0
-        self._right: list[float] = []
-
-    def tokens(self) -> int:
-        """Length of the next scenes."""
-        if self.rng.random() < 0.5:
-            return LEVELS[self.level]
-        return LEVELS[int(self.rng.integers(max(0, self.level - 5), self.level + 1))]
+        self._right: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
 
     def kind(self) -> Kind:
         """What kind the next scenes are."""
         kinds = kinds_of(WEIGHTS)
-        chances = np.array(list(kinds.values()))
+        # Those that lag behind come more often.
+        highest = max(self.levels.values())
+        chances = np.array([weight * (1 + highest - self.levels[kind]) for kind, weight in kinds.items()])
         return list(kinds)[int(self.rng.choice(len(kinds), p=chances / chances.sum()))]
+
+    def tokens(self, kind: Kind) -> int:
+        """Length of the next scenes."""
+        level = self.levels[kind]
+        if self.rng.random() < 0.5:
+            return LEVELS[level]
+        return LEVELS[int(self.rng.integers(max(0, level - 5), level + 1))]
+
+    def note(self, kind: Kind, tokens: int, right: float) -> None:
+        """Takes in the share of whole answers right; moves up where the level is mastered."""
+        level = self.levels[kind]
+        if tokens != LEVELS[level]:
+            return
+        recent = [*self._right[kind], right][-BATCHES_TO_MASTER:]
+        self._right[kind] = recent
+        enough = len(recent) == BATCHES_TO_MASTER and np.mean(recent) >= MASTERED
+        if enough and level < len(LEVELS) - 1:
+            self.levels[kind] = level + 1
+            self._right[kind] = []
 
     def copies(self) -> bool:
         """Whether the next step practises copying: often until that is learnt."""
@@ -126,16 +148,6 @@ class Curriculum:
             return replace(shape, colours=1)
         return shape
 
-    def note(self, tokens: int, right: float) -> None:
-        """Takes in the share of whole answers right; moves up where the level is mastered."""
-        if tokens == LEVELS[self.level]:
-            self._right.append(right)
-        recent = self._right[-BATCHES_TO_MASTER:]
-        enough = len(recent) == BATCHES_TO_MASTER and np.mean(recent) >= MASTERED
-        if enough and self.level < len(LEVELS) - 1:
-            self.level += 1
-            self._right.clear()
-
 
 def main() -> None:
     """Trains and writes the model, its curve and its settings."""
@@ -147,7 +159,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
-    parser.add_argument("--level", type=int, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -156,25 +167,27 @@ def main() -> None:
     model = build_model(build_config(tokenizer))
     drawings = Drawings.draw(np.random.default_rng(args.seed))
     curve: list[dict[str, Any]] = []
-    level = 0
+    levels: dict[Kind, int] = {}
     state = None
     if args.resume:
         state = torch.load(args.out / "state.pt", weights_only=False)
         model.load_state_dict(state["model"])
-        curve, level = state["curve"], state["level"]
+        curve, levels = (
+            state["curve"],
+            state.get("levels", {k: 0 if k == "gallery" else state.get("level", 0) for k in KINDS}),
+        )
     else:
         seen = learn_to_see(model, tokenizer, drawings, args.seed)
         curve.append({"vision_right": seen})
-    if args.level is not None:
-        level = args.level
     model.model.visual.requires_grad_(False)
     first = int(curve[-1].get("step", 0)) + 1 if len(curve) > 1 else 1
     batches = Batches(model, tokenizer, drawings, args.seed + first)
-    curriculum = Curriculum(args.seed + first, level)
+    curriculum = Curriculum(args.seed + first, levels)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(_groups(model), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
-    if state is not None and len(state["optimizer"]["param_groups"]) == 2:
+    if state is not None:
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[1]["boost"] = BIAS_BOOST
     began = time.monotonic()
     sums: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
     losses: list[float] = []
@@ -188,10 +201,11 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["boost"]
         if curriculum.copies():
-            kind, tokens = None, 0
+            kind = None
             batch = batches.draw_copies(64)
         else:
-            kind, tokens = curriculum.kind(), curriculum.tokens()
+            kind = curriculum.kind()
+            tokens = curriculum.tokens(kind)
             shape = curriculum.shape(kind, tokens)
             questions = 8 if tokens < 512 else 16
             scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
@@ -215,10 +229,13 @@ def main() -> None:
         for row, names in enumerate(batch.tasks):
             for place, name in enumerate(names):
                 sums[name].append(float(whole[row, place]))
-        if kind == "boards":
-            curriculum.note(tokens, whole.float().mean().item())
+        counted = torch.tensor([[name != "count" for name in names] for names in batch.tasks])
+        # Counting is learnt last, from long scenes too: it holds no level up.
+        share = whole[counted].float().mean().item() if counted.any() else 0.0
         if kind is None:
-            curriculum.copied += 0.1 * (whole.float().mean().item() - curriculum.copied)
+            curriculum.copied += 0.1 * (share - curriculum.copied)
+        else:
+            curriculum.note(kind, tokens, share)
         if step % REPORT_EVERY == 0:
             shares = {
                 name: round(float(np.mean(values[-200:])), 3) for name, values in sums.items() if values
@@ -227,16 +244,16 @@ def main() -> None:
             point = {
                 "step": step,
                 "seconds": seconds,
-                "level": LEVELS[curriculum.level],
+                "tokens": {kind: LEVELS[level] for kind, level in curriculum.levels.items()},
                 "loss": round(float(np.mean(losses[-50:])), 4),
                 "right": shares,
             }
             curve.append(point)
             print(json.dumps(point), flush=True)
         if step % (5 * REPORT_EVERY) == 0:
-            _save(args.out, model, optimizer, curve, curriculum.level)
+            _save(args.out, model, optimizer, curve, curriculum.levels)
         step += 1
-    _save(args.out, model, optimizer, curve, curriculum.level)
+    _save(args.out, model, optimizer, curve, curriculum.levels)
     write_folder(model, tokenizer, args.out / "model")
     (args.out / CURVE).write_text(json.dumps(curve, indent=1) + "\n")
 
@@ -248,11 +265,15 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
 
 
 def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, object]]:
-    """Weights, and biases with ten times their rate: heads for neighbours need large ones."""
+    """Weights, and biases with a higher rate: heads for neighbours need large ones."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if not name.endswith("bias")], "boost": 1.0},
-        {"params": [p for name, p in named if name.endswith("bias")], "boost": 10.0, "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if name.endswith("bias")],
+            "boost": BIAS_BOOST,
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -261,9 +282,14 @@ def _save(
     model: Qwen2_5_VLForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
     curve: list[dict[str, Any]],
-    level: int,
+    levels: Mapping[Kind, int],
 ) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve, "level": level}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "curve": curve,
+        "levels": dict(levels),
+    }
     torch.save(state, out / "state.pt.part")
     (out / "state.pt.part").replace(out / "state.pt")
 
