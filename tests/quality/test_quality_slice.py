@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hybridkv_quality.page import PAGE, RESULTS, read_results, write_page
+from hybridkv_quality.page import RESULTS, read_results
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
 
@@ -39,15 +39,3 @@ def test_accuracy_is_the_committed_one(tmp_path: Path) -> None:
         assert before.mean.low <= after.mean.value <= before.mean.high, policy
         assert after.memory.held_share == pytest.approx(before.memory.held_share, rel=1e-6)
     assert condition(now, "hybridkv").memory.held_share < 2 * BUDGET
-
-
-def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
-    write_page(RESULTS, tmp_path / "quality.md")
-    assert (tmp_path / "quality.md").read_text() == PAGE.read_text()
-    assert {file.name for file in (tmp_path / "quality").iterdir()} == {
-        file.name for file in PAGE.with_suffix("").iterdir()
-    }
-
-
-def test_every_run_is_there() -> None:
-    assert {run.name for run in sweep.runs()} <= set(read_results(RESULTS))

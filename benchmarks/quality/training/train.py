@@ -6,6 +6,7 @@ python benchmarks/quality/training/train.py --out FOLDER [--minutes 60] [--seed 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -21,20 +22,23 @@ from export import write_folder
 from hybridkv_quality.lexicon import GLYPHS
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import ALL_NAMES, KINDS, Kind, Shape, shape_for
-from network import HIDDEN, answer_logits, build_config, build_model, see, to_patches
-from torch import nn
+from network import HIDDEN, Batch, answer_logits, build_config, build_model, see, to_patches
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vocabulary import build_tokenizer
 
 # How long scenes are at each level of the curriculum, in tokens.
-LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # A level is left when this share of the whole answers about boards is right, over its last batches.
 MASTERED, BATCHES_TO_MASTER = 0.93, 12
-PEAK_RATE, WARMUP = 1.5e-3, 200
-BIAS_BOOST = 3.0
+# High rates until copying and looking up have formed, above all for biases (heads for neighbours need large
+# ones); lower ones from then on, or nothing gets exact.
+FORMING_STEPS, WARMUP = 1500, 200
+FORMING_RATE, FORMING_BOOST = 1.2e-3, 10.0
+RATE, BOOST = 5e-4, 3.0
 # Tokens a step; a long scene makes a step of its own.
 STEP_TOKENS = 1800
-REPORT_EVERY = 50
+COPIES, REPORT_EVERY = 64, 50
 CURVE = "curve.json"
 WEIGHTS = {
     "recall": 0.3,
@@ -105,7 +109,7 @@ class Curriculum:
             kind: min(level, len(LEVELS) - 1) for kind, level in (levels or {}).items()
         }
         self.rng = np.random.default_rng(seed)
-        self.copied = 0.0
+        self._copied = 0.0
         self._right: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
 
     def kind(self) -> Kind:
@@ -135,9 +139,13 @@ class Curriculum:
             self.levels[kind] = level + 1
             self._right[kind] = []
 
+    def note_copies(self, right: float) -> None:
+        """Takes in the share of words that were said again without a mistake."""
+        self._copied += 0.1 * (right - self._copied)
+
     def copies(self) -> bool:
         """Whether the next step practises copying: often until that is learnt."""
-        return bool(self.rng.random() < (0.4 if self.copied < 0.98 else 0.05))
+        return bool(self.rng.random() < (0.4 if self._copied < 0.98 else 0.05))
 
     def shape(self, kind: Kind, tokens: int) -> Shape:
         """The next scenes' shape."""
@@ -149,111 +157,159 @@ class Curriculum:
         return shape
 
 
-def main() -> None:
-    """Trains and writes the model, its curve and its settings."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60, help="the rate falls in the last 30%% of it")
+    parser.add_argument("--minutes", type=float, default=90, help="the rates fall in the last 30%% of them")
     parser.add_argument("--steps", type=int, help="stop there, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
-    parser.add_argument("--rate", type=float, default=PEAK_RATE)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+class Training:
+    """The language model's training: its state, its steps, and what it reports."""
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        batches: Batches,
+        curriculum: Curriculum,
+        curve: list[dict[str, Any]],
+        first: int,
+    ) -> None:
+        self.model = model
+        self.curve = curve
+        self.curriculum = curriculum
+        self.optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.98))
+        self._batches = batches
+        self._first = first
+        self._right: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
+        self._losses: list[float] = []
+
+    def step(self, number: int, spent: float) -> None:
+        """One batch.
+
+        Args:
+            number: of the step, from 1.
+            spent: share of the time that has gone.
+        """
+        self._set_rates(number, spent)
+        kind, tokens, batch = self._draw()
+        found: list[Tensor] = []
+        # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = answer_logits(self.model, batch, found if number <= POINTING_STEPS else None).float()
+        wanted = batch.targets[batch.targets != -100]
+        loss = F.cross_entropy(logits, wanted)
+        self._losses.append(loss.item())
+        if found and found[0].numel():
+            loss = loss - POINTING_WEIGHT * found[0].mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self._note(kind, tokens, batch, logits.argmax(-1) == wanted)
+
+    def _set_rates(self, number: int, spent: float) -> None:
+        settling = min(1.0, (number - self._first + 1) / WARMUP) * min(1.0, (1 - spent) / 0.3 + 0.02)
+        rate, boost = (FORMING_RATE, FORMING_BOOST) if number <= FORMING_STEPS else (RATE, BOOST)
+        weights, biases = self.optimizer.param_groups
+        weights["lr"], biases["lr"] = rate * settling, rate * settling * boost
+
+    def _draw(self) -> tuple[Kind | None, int, Batch]:
+        """The next batch, with its scenes' kind (None for copies) and length."""
+        if self.curriculum.copies():
+            return None, 0, self._batches.draw_copies(COPIES)
+        kind = self.curriculum.kind()
+        tokens = self.curriculum.tokens(kind)
+        questions = 8 if tokens < 512 else 16
+        scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
+        shape = self.curriculum.shape(kind, tokens)
+        return kind, tokens, self._batches.draw(shape, scenes, questions, WEIGHTS)
+
+    def _note(self, kind: Kind | None, tokens: int, batch: Batch, hits: Tensor) -> None:
+        """Takes in which words were right."""
+        hit = torch.ones(batch.targets.shape, dtype=torch.bool)
+        hit[batch.targets != -100] = hits
+        whole = hit.all(-1)
+        for row, names in enumerate(batch.tasks):
+            for place, name in enumerate(names):
+                self._right[name].append(float(whole[row, place]))
+        if kind is None:
+            self.curriculum.note_copies(whole.float().mean().item())
+            return
+        # Counting is learnt last, from long scenes too: it holds no level up.
+        judged = torch.tensor([[name != "count" for name in names] for names in batch.tasks])
+        if judged.any():
+            self.curriculum.note(kind, tokens, whole[judged].float().mean().item())
+
+    def report(self, number: int, seconds: float) -> None:
+        """Adds a point to the curve and prints it."""
+        point = {
+            "step": number,
+            "seconds": round(seconds),
+            "tokens": {kind: LEVELS[level] for kind, level in self.curriculum.levels.items()},
+            "loss": round(float(np.mean(self._losses[-REPORT_EVERY:])), 4),
+            "right": {
+                name: round(float(np.mean(values[-200:])), 3)
+                for name, values in self._right.items()
+                if values
+            },
+        }
+        self.curve.append(point)
+        print(json.dumps(point), flush=True)
+
+    def save(self, out: Path) -> None:
+        """Writes the state from which `--resume` goes on."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+            "levels": self.curriculum.levels,
+        }
+        torch.save(state, out / "state.pt.part")
+        (out / "state.pt.part").replace(out / "state.pt")
+
+
+def main() -> None:
+    """Trains and writes the model and its curve."""
+    args = _arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(build_config(tokenizer))
     drawings = Drawings.draw(np.random.default_rng(args.seed))
-    curve: list[dict[str, Any]] = []
-    levels: dict[Kind, int] = {}
-    state = None
+    state: dict[str, Any] | None = None
     if args.resume:
         state = torch.load(args.out / "state.pt", weights_only=False)
         model.load_state_dict(state["model"])
-        curve, levels = (
-            state["curve"],
-            state.get("levels", {k: 0 if k == "gallery" else state.get("level", 0) for k in KINDS}),
-        )
+        curve = state["curve"]
     else:
-        seen = learn_to_see(model, tokenizer, drawings, args.seed)
-        curve.append({"vision_right": seen})
+        curve = [{"vision_right": learn_to_see(model, tokenizer, drawings, args.seed)}]
     model.model.visual.requires_grad_(False)
-    first = int(curve[-1].get("step", 0)) + 1 if len(curve) > 1 else 1
+    first = int(curve[-1].get("step", 0)) + 1
     batches = Batches(model, tokenizer, drawings, args.seed + first)
-    curriculum = Curriculum(args.seed + first, levels)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(model), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
+    curriculum = Curriculum(args.seed + first, state["levels"] if state else None)
+    training = Training(model, batches, curriculum, curve, first)
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[1]["boost"] = BIAS_BOOST
+        training.optimizer.load_state_dict(state["optimizer"])
     began = time.monotonic()
-    sums: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
-    losses: list[float] = []
-    step = first
-    while True:
-        spent = (time.monotonic() - began) / (60 * args.minutes)
-        if spent >= 1 or (args.steps is not None and step > args.steps):
+    for step in itertools.count(first):
+        seconds = time.monotonic() - began
+        if seconds >= 60 * args.minutes or (args.steps is not None and step > args.steps):
             break
-        # Falls in the last 30% of the time, so that the end is settled.
-        rate = args.rate * min(1.0, (step - first + 1) / WARMUP) * min(1.0, (1 - spent) / 0.3 + 0.02)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["boost"]
-        if curriculum.copies():
-            kind = None
-            batch = batches.draw_copies(64)
-        else:
-            kind = curriculum.kind()
-            tokens = curriculum.tokens(kind)
-            shape = curriculum.shape(kind, tokens)
-            questions = 8 if tokens < 512 else 16
-            scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
-            batch = batches.draw(shape, scenes, questions, WEIGHTS)
-        # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
-        found: list[torch.Tensor] = []
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = answer_logits(model, batch, found if step <= POINTING_STEPS else None).float()
-        wanted = batch.targets[batch.targets != -100]
-        loss = F.cross_entropy(logits, wanted)
-        losses.append(loss.item())
-        if found and found[0].numel():
-            loss = loss - POINTING_WEIGHT * found[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        hit = torch.ones(batch.targets.shape, dtype=torch.bool)
-        hit[batch.targets != -100] = logits.argmax(-1) == wanted
-        whole = hit.all(-1)
-        for row, names in enumerate(batch.tasks):
-            for place, name in enumerate(names):
-                sums[name].append(float(whole[row, place]))
-        counted = torch.tensor([[name != "count" for name in names] for names in batch.tasks])
-        # Counting is learnt last, from long scenes too: it holds no level up.
-        share = whole[counted].float().mean().item() if counted.any() else 0.0
-        if kind is None:
-            curriculum.copied += 0.1 * (share - curriculum.copied)
-        else:
-            curriculum.note(kind, tokens, share)
+        training.step(step, seconds / (60 * args.minutes))
         if step % REPORT_EVERY == 0:
-            shares = {
-                name: round(float(np.mean(values[-200:])), 3) for name, values in sums.items() if values
-            }
-            seconds = round(time.monotonic() - began)
-            point = {
-                "step": step,
-                "seconds": seconds,
-                "tokens": {kind: LEVELS[level] for kind, level in curriculum.levels.items()},
-                "loss": round(float(np.mean(losses[-50:])), 4),
-                "right": shares,
-            }
-            curve.append(point)
-            print(json.dumps(point), flush=True)
+            training.report(step, seconds)
         if step % (5 * REPORT_EVERY) == 0:
-            _save(args.out, model, optimizer, curve, curriculum.levels)
-        step += 1
-    _save(args.out, model, optimizer, curve, curriculum.levels)
+            training.save(args.out)
+    training.save(args.out)
     write_folder(model, tokenizer, args.out / "model")
     (args.out / CURVE).write_text(json.dumps(curve, indent=1) + "\n")
 
@@ -264,34 +320,13 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
     return points
 
 
-def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, object]]:
-    """Weights, and biases with a higher rate: heads for neighbours need large ones."""
+def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, Any]]:
+    """Weights, then biases."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for name, p in named if not name.endswith("bias")], "boost": 1.0},
-        {
-            "params": [p for name, p in named if name.endswith("bias")],
-            "boost": BIAS_BOOST,
-            "weight_decay": 0.0,
-        },
+        {"params": [p for name, p in named if not name.endswith("bias")], "weight_decay": 0.02},
+        {"params": [p for name, p in named if name.endswith("bias")], "weight_decay": 0.0},
     ]
-
-
-def _save(
-    out: Path,
-    model: Qwen2_5_VLForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    curve: list[dict[str, Any]],
-    levels: Mapping[Kind, int],
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "curve": curve,
-        "levels": dict(levels),
-    }
-    torch.save(state, out / "state.pt.part")
-    (out / "state.pt.part").replace(out / "state.pt")
 
 
 if __name__ == "__main__":
