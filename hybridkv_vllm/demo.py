@@ -24,7 +24,7 @@ from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
 
 BUDGET = 0.10
-PROMPT_TOKENS = 2048
+PROMPT_TOKENS = 1280
 MODEL_NAME = "dominoes"
 SERVER_ARGUMENTS = (
     "--attention-backend",
@@ -100,7 +100,7 @@ def main() -> int:
     """Runs the demo; exit code 1 if the server fails, nothing was compressed, or the answer is wrong."""
     console = Console()
     folder = Path(tempfile.mkdtemp(prefix="hybridkv-demo-"))
-    (sample,) = suite_samples(["chain"], tokens=PROMPT_TOKENS, contexts=1)
+    (sample,) = suite_samples(["recall"], tokens=PROMPT_TOKENS, contexts=1)
     started = time.monotonic()
     try:
         with ExitStack() as running:
@@ -112,7 +112,7 @@ def main() -> int:
                 f"[dim]{count} pictures in {folder}: each domino has a name (colour and letter) on its left "
                 "and points to the next one on its right[/]\n"
             )
-            console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, eight dominoes far")
+            console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, and what it points to")
             answer, prompt_tokens = ask(console, server, sample)
             stats = Stats.model_validate(server.get("/hybridkv/stats").json())
             heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
