@@ -382,7 +382,10 @@ def sketch_options(
     full = dtype == torch.float32
     # The pairs of larger heads in parts: operands of a dot fill the registers.
     pairs = min(max(next_power_of_2(layout.head_size // 2), 16), 64)
-    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8)
+    # A second bit plane of small or large heads spills, but not in smaller tiles.
+    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8 // layout.sketch_bits)
+    if layout.head_size > 128:
+        tile_chunks //= layout.sketch_bits
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         "PLANE_PAD": max(next_power_of_2(layout.head_size // 8), 16),
