@@ -96,7 +96,7 @@ def test_only_policies_whose_heads_recall_need_a_tier(policy: str, recalls: bool
     assert options.recall_tier == (tier if recalls else "off")
 
 
-@pytest.mark.parametrize("landmark", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize("landmark", ["sketch", "sketch2", "mean", "minmax"])
 def test_the_landmark_is_the_options_unless_the_method_defines_it(landmark: str) -> None:
     assert parse_server_options({"landmark": landmark}).landmark_kind == landmark
     assert parse_server_options({"policy": "quest", "landmark": landmark}).landmark_kind == "minmax"

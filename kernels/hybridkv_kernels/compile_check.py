@@ -36,7 +36,7 @@ from . import (
 )
 from .extent_decode import plan
 from .launch import LaunchOptions
-from .recall.layout import LandmarkLayout
+from .recall.layout import LandmarkKind, LandmarkLayout
 
 KIB = 1024
 SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
@@ -207,13 +207,17 @@ def _landmark_kernels(
         yield build, "landmark_kernel", launch
         yield score, "bound_kernel", chunk_score.fused.bound_options(*heads, group, layout, dtype)
     ropes: tuple[tuple[bool, int], ...] = ((True, 3), (False, 1))
+    sketches: tuple[LandmarkKind, ...] = ("sketch", "sketch2")
     for is_neox, axes in ropes:
         rope = (("ROPE", True), ("NEOX", is_neox), ("AXES", axes), ("ROTARY", head_size))
-        layout = LandmarkLayout("sketch", head_size, dtype.itemsize, axes if axes > 1 else 0)
+        for sketch in sketches:
+            layout = LandmarkLayout(sketch, head_size, dtype.itemsize, axes if axes > 1 else 0)
+            options = chunk_score.fused.sketch_options(*heads, group, layout, rope, dtype)
+            yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout, rope)
+            yield score, "sketch_kernel", options
+        # To these the other kind of sketch differs in numbers only.
         yield build, "centre_kernel", landmark_build.fused.centre_options(*heads, layout, rope)
-        yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout, rope)
         yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout, rope)
-        yield score, "sketch_kernel", chunk_score.fused.sketch_options(*heads, group, layout, rope, dtype)
 
 
 def package_kernels() -> set[tuple[str, str]]:

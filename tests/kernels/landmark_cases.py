@@ -100,8 +100,11 @@ class RecallCase:
             centre = turn(wide, keys, self.positions[slot], inverse=True).mean(0)
             around = turn(wide, centre.expand_as(keys), self.positions[slot])
         rest = (keys - around) @ rotation.double()
-        scales = ((rest**2).sum(-1) / rest.abs().sum(-1)).half().double()
-        estimate = around @ q + scales * (((rest > 0).double() * 2 - 1) @ (q @ rotation.double()))
+        levels = (rest > 0).double() * 2 - 1
+        if kind == "sketch2":
+            levels *= torch.where(rest.abs() > rest.abs().mean(-1, keepdim=True), 1.5, 0.5)
+        scales = ((rest**2).sum(-1) / (rest * levels).sum(-1)).half().double()
+        estimate = around @ q + scales * (levels @ (q @ rotation.double()))
         return estimate.view(-1, PAGE).logsumexp(-1) / math.log(2)
 
 

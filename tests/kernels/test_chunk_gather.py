@@ -36,6 +36,7 @@ def gather(case: RecallCase, layer: int, backend: Backend) -> None:
     [
         ("sketch", 64, torch.float32),
         ("sketch", 128, torch.bfloat16),
+        ("sketch2", 80, torch.bfloat16),
         ("mean", 80, torch.float16),
         ("minmax", 80, torch.bfloat16),
     ],

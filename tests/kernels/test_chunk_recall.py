@@ -153,7 +153,7 @@ def make_case(kind: LandmarkKind, hot: int, device: torch.device, prompts: list[
 
 
 @pytest.mark.parametrize("tier", ["host", "gpu"])
-@pytest.mark.parametrize("kind", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize("kind", ["sketch", "sketch2", "mean", "minmax"])
 def test_answers_are_the_attention_to_the_chosen_chunks(
     kind: LandmarkKind, tier: str, device: torch.device
 ) -> None:
@@ -163,8 +163,9 @@ def test_answers_are_the_attention_to_the_chosen_chunks(
     generate(case, "torch", tier=tier)
 
 
-def test_triton_answers_alike(device: torch.device) -> None:
-    generate(make_case("sketch", 3, device), "triton", steps=12)
+@pytest.mark.parametrize("kind", ["sketch", "sketch2"])
+def test_triton_answers_alike(kind: LandmarkKind, device: torch.device) -> None:
+    generate(make_case(kind, 3, device), "triton", steps=12)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -110,6 +110,7 @@ def small_case(device: torch.device, group: int = 1, chunks: int = 37) -> Recall
     [
         ("sketch", 64, torch.float32, 1),
         ("sketch", 80, torch.bfloat16, 7),
+        ("sketch2", 80, torch.bfloat16, 7),
         ("mean", 80, torch.float16, 2),
         ("minmax", 128, torch.bfloat16, 16),
     ],

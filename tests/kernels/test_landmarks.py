@@ -1,12 +1,15 @@
 """Landmarks, built and scored, against their definition, with NaN wherever nobody may look."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_score import chunk_score
 from hybridkv_kernels.landmark_build import landmark_build
 from hybridkv_kernels.recall.landmarks import Landmarks, Rope, random_rotation
-from hybridkv_kernels.recall.layout import LandmarkLayout
+from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.reading import field, landmark_pages
 from kernel_cases import strided_heads
 from landmark_cases import RecallCase, make_rope, picture_positions, recall_case, turn
@@ -21,6 +24,8 @@ RECALLING = [
 # (slot, steps since the prompt's end): padding, and one row of each slot, the second one twice.
 ROWS = [(1, 0), (-1, 3), (0, 2), (2, 4), (1, 6)]
 BACKENDS: tuple[Backend, ...] = ("torch", "triton")
+SKETCHES: tuple[LandmarkKind, ...] = ("sketch", "sketch2")
+KINDS: tuple[LandmarkKind, ...] = (*SKETCHES, "mean", "minmax")
 # Of log2 weights: products in 16 bits, and signs that rounding turned.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.12}
 
@@ -73,7 +78,7 @@ def check_scores(case: RecallCase, group: int, dtype: torch.dtype, backend: Back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("group", "head_size", "dtype"),
     [
@@ -85,9 +90,14 @@ def check_scores(case: RecallCase, group: int, dtype: torch.dtype, backend: Back
     ],
 )
 def test_scores_follow_their_definition(
-    kind: str, group: int, head_size: int, dtype: torch.dtype, backend: Backend, device: torch.device
+    kind: LandmarkKind,
+    group: int,
+    head_size: int,
+    dtype: torch.dtype,
+    backend: Backend,
+    device: torch.device,
 ) -> None:
-    rope = make_rope(head_size, dtype, device) if kind == "sketch" else None
+    rope = make_rope(head_size, dtype, device) if kind in SKETCHES else None
     case = recall_case(PROMPTS, RECALLING, kind, head_size, dtype, device, rope=rope, backend=backend)
     check_scores(case, group, dtype, backend, interval=1)
 
@@ -103,17 +113,20 @@ ROPES = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SKETCHES)
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
-def test_sketches_know_every_rope(rope: dict | None, backend: Backend, device: torch.device) -> None:
+def test_sketches_know_every_rope(
+    rope: dict | None, kind: LandmarkKind, backend: Backend, device: torch.device
+) -> None:
     made = None if rope is None else make_rope(64, torch.float32, device, **rope)
-    case = recall_case(PROMPTS, RECALLING, "sketch", 64, torch.float32, device, rope=made, backend=backend)
+    case = recall_case(PROMPTS, RECALLING, kind, 64, torch.float32, device, rope=made, backend=backend)
     check_scores(case, 2, torch.float32, backend, interval=3)
 
 
-@pytest.mark.parametrize("kind", ["sketch", "mean", "minmax"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backends_build_the_same(kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Byte for byte but for the rounding of scales and centres and the few signs of products near zero."""
+def test_backends_build_the_same(kind: LandmarkKind, dtype: torch.dtype, device: torch.device) -> None:
+    """Byte for byte but for the rounding of scales and centres and the few bits of products near a limit."""
     rope = make_rope(128, dtype, device)
     seen = []
     for backend in BACKENDS:
@@ -132,7 +145,7 @@ def test_backends_build_the_same(kind: str, dtype: torch.dtype, device: torch.de
     expected = torch.full_like(first, -1)
     expected[seen[0][1].hot[0]] = torch.arange(2, dtype=torch.int32, device=device)
     assert torch.equal(first, expected)
-    if kind == "sketch":
+    if kind in SKETCHES:
         bits = torch.arange(8, dtype=torch.uint8, device=device)
         differing = ((data ^ data_triton)[..., None] >> bits & 1).float().mean()
         assert differing < 1e-3
@@ -142,7 +155,7 @@ def test_backends_build_the_same(kind: str, dtype: torch.dtype, device: torch.de
 
 
 def test_layout_fields_fill_a_page_and_do_not_overlap() -> None:
-    for kind in ("sketch", "mean", "minmax"):
+    for kind in KINDS:
         for head_size in (16, 64, 80, 128, 256):
             for itemsize in (2, 4):
                 layout = LandmarkLayout(kind, head_size, itemsize, 3)
@@ -150,7 +163,7 @@ def test_layout_fields_fill_a_page_and_do_not_overlap() -> None:
                 end = layout.slot_offset + 4 * layout.places
                 assert layout.slot_offset % 4 == layout.scale_offset % 2 == 0
                 assert layout.places * record == end <= layout.page_bytes < end + record
-                assert layout.reserved * layout.data_bytes >= (4 * head_size if kind == "sketch" else 0)
+                assert layout.reserved * layout.data_bytes >= (4 * head_size if kind in SKETCHES else 0)
                 assert layout.reserved < layout.places
                 assert layout.pages(layout.places - layout.reserved) == 1
                 assert layout.pages(layout.places - layout.reserved + 1) == 2
@@ -159,10 +172,44 @@ def test_layout_fields_fill_a_page_and_do_not_overlap() -> None:
 
 
 def test_a_sketch_costs_what_the_documentation_says() -> None:
-    """18 bytes a token of 512 at head size 128, and the index of the hot slot."""
-    layout = LandmarkLayout("sketch", 128, 2)
-    assert layout.data_bytes + layout.scale_bytes == 18 * PAGE
-    assert layout.pages(2048) / 2048 == pytest.approx(0.035, abs=0.002)
+    """18 or 34 bytes a token of 512 at head size 128, and the index of the hot slot."""
+    for kind, token_bytes, share in (("sketch", 18, 0.035), ("sketch2", 34, 0.071)):
+        layout = LandmarkLayout(kind, 128, 2)
+        assert layout.data_bytes + layout.scale_bytes == token_bytes * PAGE
+        assert layout.pages(2048) / 2048 == pytest.approx(share, abs=0.002)
+
+
+def test_two_bits_estimate_better_than_one(device: torch.device) -> None:
+    """Of single products, as a chunk of sixteen equal keys shows them."""
+    for head_size in (64, 128):
+        keys = torch.randn(1, 1, 256, head_size).repeat_interleave(PAGE, dim=2)
+        query = torch.randn(1, 1, head_size, device=device)
+        errors = []
+        for kind in SKETCHES:
+            case = recall_case([256 * PAGE], [[[True]]], kind, head_size, torch.float32, device, keys=[keys])
+            slot, length = torch.tensor([[0], [256 * PAGE + 1]], dtype=torch.int32, device=device)
+            work = case.work(1, 1)
+            score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
+            chunk_score(*score, backend="torch")
+            exact = (case.keys[0][0, 0, ::PAGE] @ query[0, 0] + math.log(PAGE)) / math.log(2)
+            errors.append(float((work.log_weight[0, 0, :256] - exact).square().mean().sqrt()))
+        assert errors[1] <= 0.6 * errors[0]
+
+
+def test_a_key_that_is_the_centre_has_no_sketch(device: torch.device) -> None:
+    """Its rest is zero: the scale is zero too, and the score the query's product with the centre."""
+    keys = torch.randn(64).expand(1, 1, 2 * PAGE, 64).bfloat16().float().contiguous()
+    query = torch.randn(1, 1, 64, device=device)
+    for kind, backend in itertools.product(SKETCHES, BACKENDS):
+        case = recall_case(
+            [2 * PAGE], [[[True]]], kind, 64, torch.float32, device, keys=[keys], backend=backend
+        )
+        slot, length = torch.tensor([[0], [2 * PAGE + 1]], dtype=torch.int32, device=device)
+        work = case.work(1, 1)
+        score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
+        chunk_score(*score, backend=backend)
+        exact = (case.keys[0][0, 0, ::PAGE] @ query[0, 0] + math.log(PAGE)) / math.log(2)
+        assert torch.allclose(work.log_weight[0, 0, :2], exact, atol=1e-3)
 
 
 def test_rotation_is_orthogonal_fixed_and_mixes_every_dimension(device: torch.device) -> None:

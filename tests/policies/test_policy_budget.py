@@ -132,7 +132,7 @@ def test_least_pages_of_dynamic_heads() -> None:
 @pytest.mark.parametrize(
     ("kind", "landmark_pages", "least"),
     # 512 chunks of 8,192 tokens, a budget of 10%: 2% of them are 11.
-    [("sketch", 19, 30), ("mean", 17, 28), ("minmax", 35, 46)],
+    [("sketch", 19, 30), ("sketch2", 37, 48), ("mean", 17, 28), ("minmax", 35, 46)],
 )
 def test_limits_of_a_long_prompt(kind: Any, landmark_pages: int, least: int) -> None:
     assert LandmarkLayout(kind, head_size=128, itemsize=2).pages(512) == landmark_pages

@@ -34,7 +34,7 @@ def chunk_score(
     for row, slot, chunks, heads in recalling_rows(row_slot, row_len, recall, layer, interval):
         pages = landmark_pages(slot, layer, heads, chunks, decode, landmarks.layout)
         queries = grouped[row, heads].float() * scale
-        if landmarks.layout.kind == "sketch":
+        if landmarks.layout.sketch_bits:
             positions = positions_of(slot, chunks, pool, decode, landmarks.layout)
             logits = _sketch_logits(queries, pool, pages, chunks, landmarks, positions)
             weight = logits.unflatten(-1, (chunks, PAGE)).logsumexp(-1)
@@ -51,9 +51,11 @@ def _sketch_logits(
     assert landmarks.rotation is not None
     inside = slice(layout.reserved, layout.reserved + chunks)
     packed = field(pool, pages, layout, 0, layout.data_bytes)[:, inside]
-    packed = packed.reshape(len(pages), chunks * PAGE, 1, -1)
+    packed = packed.reshape(len(pages), chunks * PAGE, layout.sketch_bits, 1, -1)
     bits = packed >> torch.arange(8, dtype=torch.uint8, device=pool.device)[:, None] & 1
-    signs = bits.flatten(2).float() * 2 - 1
+    # The high bit comes first; codes stand for odd levels around zero.
+    code = bits[:, :, 0] if layout.sketch_bits == 1 else 2 * bits[:, :, 0] + bits[:, :, 1]
+    levels = code.flatten(2).float() * 2 - (2**layout.sketch_bits - 1)
     raw = field(pool, pages, layout, layout.scale_offset, layout.scale_bytes)[:, inside]
     scales = raw.contiguous().view(torch.float16).flatten(1).float()
     rotated = queries @ landmarks.rotation
@@ -63,7 +65,7 @@ def _sketch_logits(
         around = (queries @ centre[:, :, None]).expand(-1, -1, chunks * PAGE)
     else:
         around = queries @ rope.rotate(centre[:, None], positions).transpose(1, 2)
-    return around + (rotated @ signs.transpose(1, 2)) * scales[:, None]
+    return around + (rotated @ levels.transpose(1, 2)) * scales[:, None]
 
 
 def _bound_logits(queries: Tensor, pool: Tensor, pages: Tensor, chunks: int, landmarks: Landmarks) -> Tensor:

@@ -166,6 +166,7 @@ def sketch_kernel(
     PLACES: tl.constexpr,
     RESERVED: tl.constexpr,
     POSITION_PLACES: tl.constexpr,
+    BITS: tl.constexpr,
     DATA_BYTES: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     ROPE: tl.constexpr,
@@ -207,26 +208,29 @@ def sketch_kernel(
         place = token // PAGE + RESERVED
         page = arena_page(arena_row, landmark + place // PLACES, live, BLOCK_PAGES)
         base = (pool + page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
-        byte = (place % PLACES) * DATA_BYTES + token % PAGE * PLANE
-        packed = tl.load(
-            (base + byte)[:, None] + column[None, :],
-            mask=live[:, None] & (column < PLANE)[None, :],
-            other=0,
-        ).to(tl.int32)
+        byte = (place % PLACES) * DATA_BYTES + token % PAGE * (PLANE * BITS)
+        from_byte = (base + byte)[:, None] + column[None, :]
+        stored = live[:, None] & (column < PLANE)[None, :]
+        packed = tl.load(from_byte, mask=stored, other=0).to(tl.int32)
+        if BITS == 2:
+            packed_low = tl.load(from_byte + PLANE, mask=stored, other=0).to(tl.int32)
         scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
         scale = tl.load(scales + (place % PLACES) * PAGE + token % PAGE, mask=live, other=0.0).to(tl.float32)
-        # A sign is 2 * bit - 1: the bits' products, twice, less the sum of the query.
+        # A level is 2 * code - 1, of two bits 2 * code - 3: the codes' products, twice, less the query's sum.
         product = tl.zeros((TILE_CHUNKS * PAGE, GROUP_PAD), tl.float32)
         query_sum = tl.zeros((GROUP_PAD,), tl.float32)
         for bit in tl.static_range(8):
             part = tl.load(
                 rotated + entry * HEAD_SIZE + bit * PLANE + column[None, :], mask=in_plane, other=0.0
             )
+            code = (packed >> bit) & 1
+            if BITS == 2:
+                code = 2 * code + ((packed_low >> bit) & 1)
             # By way of fp32: the interpreter takes an integer for the bits of a bf16.
-            plane = ((packed >> bit) & 1).to(tl.float32).to(pool.dtype.element_ty)
+            plane = code.to(tl.float32).to(pool.dtype.element_ty)
             product += dot_wide(plane, part, PRECISION, WIDEN, SPLIT)
             query_sum += tl.sum(part, axis=1)
-        logits = scale[:, None] * (2.0 * product - query_sum[None, :]) + constant[None, :]
+        logits = scale[:, None] * (2.0 * product - (2**BITS - 1) * query_sum[None, :]) + constant[None, :]
         if ROPE:
             for start in tl.static_range(0, ROTARY // 2, PAIRS):
                 pair = start + tl.arange(0, PAIRS)
@@ -378,12 +382,16 @@ def sketch_options(
     full = dtype == torch.float32
     # The pairs of larger heads in parts: operands of a dot fill the registers.
     pairs = min(max(next_power_of_2(layout.head_size // 2), 16), 64)
-    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8)
+    # A second bit plane of small or large heads spills, but not in smaller tiles.
+    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8 // layout.sketch_bits)
+    if layout.head_size > 128:
+        tile_chunks //= layout.sketch_bits
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         "PLANE_PAD": max(next_power_of_2(layout.head_size // 8), 16),
         "PAIRS": pairs,
         "POSITION_PLACES": layout.position_places,
+        "BITS": layout.sketch_bits,
         "DATA_BYTES": layout.data_bytes,
         "SCALE_OFFSET": layout.scale_offset,
         "TILE_CHUNKS": tile_chunks,
@@ -435,7 +443,7 @@ def chunk_score(
     scale_log2 = scale * math.log2(math.e)
     strides = (query.stride(0), query.stride(1), decode.arena.stride(0))
     where = (decode.extents, decode.arena, recall.chunk_first, recall.prompt_len)
-    if layout.kind != "sketch":
+    if not layout.sketch_bits:
         options = bound_options(*shape, layout, pool.dtype)
         tiles = triton.cdiv(work.max_chunks, options.constexprs["TILE_CHUNKS"])
         bound_kernel[(rows * heads, tiles)](

@@ -25,9 +25,10 @@ def landmark_build(
     """Write the landmarks of all layers' recalling heads of one prompt into the pages before their extents.
 
     Also written: for each chunk the hot slot that holds it, and the tokens' positions where sketches need
-    them. A sketch is a sign bit for each dimension of the key less its head's centre, in a random rotation,
-    and one scale for each token, `|r|^2 / sum |r|` of the rotated rest r (RaBitQ's rescale, Gao and Long
-    2024). The centre is the mean of the keys before the model's rope, and turns with the tokens.
+    them. A sketch is a level b for each dimension of r, the key less its head's centre in a random rotation,
+    and one scale for each token, `|r|^2 / (r . b)` (RaBitQ's rescale, Gao and Long 2024). With one bit b is
+    the sign of r; with two it is the sign times 3 where |r| is above the token's mean |r|, and times 1
+    elsewhere. The centre is the mean of the keys before the model's rope, and turns with the tokens.
 
     Args:
         pool: [num_blocks*L*H, 16, 2*D], contiguous; bf16, fp16 or fp32; written in place.

@@ -79,12 +79,22 @@ def _describe(
     centre = (tokens if rope is None else rope.unrotate(tokens, positions)).mean(0)
     around = centre[None] if rope is None else rope.rotate(centre[None], positions)
     rest = (tokens - around) @ landmarks.rotation
-    total = rest.abs().sum(-1)
-    scale = (rest * rest).sum(-1) / total.clamp(min=torch.finfo(torch.float32).tiny)
-    # Dimension d is bit d // (D/8) of byte d % (D/8): a bit plane is then a run of dimensions.
-    planes = (rest > 0).view(len(tokens), 8, -1)
-    weights = (1 << torch.arange(8, device=keys.device)).view(1, 8, 1)
-    packed = (planes * weights).sum(1).to(torch.uint8)
+    size = rest.abs()
+    positive = rest > 0
+    if landmarks.layout.sketch_bits == 1:
+        bits = positive[:, None]
+        product = size.sum(-1)
+    else:
+        # Codes 0 to 3 stand for the levels -3, -1, 1 and 3: above zero the low bit is set for the larger.
+        larger = size > size.mean(-1, keepdim=True)
+        bits = torch.stack((positive, larger == positive), dim=1)
+        product = (size * (1 + 2 * larger)).sum(-1)
+    scale = (rest * rest).sum(-1) / product.clamp(min=torch.finfo(torch.float32).tiny)
+    # The high bits, then the low ones, of each D/8 bytes. Dimension d is bit d // (D/8) of byte d % (D/8): a
+    # bit plane is then a run of dimensions.
+    planes = bits.unflatten(-1, (8, -1))
+    weights = (1 << torch.arange(8, device=keys.device))[:, None]
+    packed = (planes * weights).sum(-2).to(torch.uint8)
     return packed.view(len(keys), -1), scale.clamp(max=FP16_MAX).half().view(len(keys), PAGE), centre
 
 

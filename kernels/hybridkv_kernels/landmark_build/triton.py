@@ -110,6 +110,26 @@ def centre_kernel(
     tl.store(to + second, sum_second / tokens, mask=inside)
 
 
+@triton.jit
+def rotated_plane(
+    rest: tl.tensor,
+    rotation: tl.tensor,
+    dim: tl.tensor,
+    column: tl.tensor,
+    bit: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """The D/8 rotated dimensions of `rest` that are bit `bit` of a sketch's bytes, zero beyond them."""
+    PLANE: tl.constexpr = HEAD_SIZE // 8
+    turn = tl.load(
+        rotation + dim[:, None] * HEAD_SIZE + bit * PLANE + column[None, :],
+        mask=(dim < HEAD_SIZE)[:, None] & (column < PLANE)[None, :],
+        other=0.0,
+    )
+    return tl.dot(rest, turn, input_precision=PRECISION)
+
+
 @triton.jit(
     do_not_specialize=["tokens", "chunks"],
     do_not_specialize_on_alignment=["source_blocks", "arena_blocks", "chunk_first"],
@@ -128,6 +148,7 @@ def landmark_kernel(
     tokens: tl.tensor,
     chunks: tl.tensor,
     KIND: tl.constexpr,
+    BITS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -171,7 +192,7 @@ def landmark_kernel(
     block = tl.load(source_blocks + token // PAGE, mask=live, other=0).to(tl.int64)
     row = (block * BLOCK_PAGES + head) * PAGE + token % PAGE
     key = tl.load(pool + (row * (2 * HEAD_SIZE))[:, None] + dim[None, :], mask=mask, other=0.0)
-    if KIND == "sketch":
+    if BITS > 0:
         first_page = arena_page(arena_blocks, landmark, landmark >= 0, BLOCK_PAGES)
         centre = (pool + first_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.float32))
         around = tl.load(centre + dim, mask=dim < HEAD_SIZE, other=0.0)[None, :]
@@ -197,22 +218,29 @@ def landmark_kernel(
         squares = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
         total = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
         for bit in tl.static_range(8):
-            to_plane = rotation + dim[:, None] * HEAD_SIZE + bit * (HEAD_SIZE // 8) + column[None, :]
-            turn = tl.load(to_plane, mask=(dim < HEAD_SIZE)[:, None] & in_plane[None, :], other=0.0)
-            plane = tl.dot(rest, turn, input_precision=PRECISION)
+            plane = rotated_plane(rest, rotation, dim, column, bit, HEAD_SIZE, PRECISION)
             packed += tl.where(plane > 0, 1 << bit, 0)
             squares += tl.sum(plane * plane, axis=1)
             total += tl.sum(tl.abs(plane), axis=1)
         token_place = token // PAGE + RESERVED
         token_page = arena_page(arena_blocks, landmark + token_place // PLACES, live, BLOCK_PAGES)
         to = (pool + token_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
-        byte = (token_place % PLACES) * DATA_BYTES + token % PAGE * (HEAD_SIZE // 8)
-        tl.store(
-            (to + byte)[:, None] + column[None, :],
-            packed.to(tl.uint8),
-            mask=live[:, None] & in_plane[None, :],
-        )
-        scale = tl.minimum(squares / tl.maximum(total, 1e-38), LARGEST_SCALE)
+        byte = (token_place % PLACES) * DATA_BYTES + token % PAGE * (HEAD_SIZE // 8 * BITS)
+        to_byte = (to + byte)[:, None] + column[None, :]
+        stored = live[:, None] & in_plane[None, :]
+        tl.store(to_byte, packed.to(tl.uint8), mask=stored)
+        product = total
+        if BITS == 2:
+            # The mean is known only now: rotating again takes less than holding every plane.
+            mean = (total / HEAD_SIZE)[:, None]
+            packed = tl.zeros((TILE_CHUNKS * PAGE, PLANE_PAD), tl.int32)
+            for bit in tl.static_range(8):
+                plane = rotated_plane(rest, rotation, dim, column, bit, HEAD_SIZE, PRECISION)
+                larger = tl.abs(plane) > mean
+                packed += tl.where(larger == (plane > 0), 1 << bit, 0)
+                product += tl.sum(tl.where(larger, 2.0 * tl.abs(plane), 0.0), axis=1)
+            tl.store(to_byte + HEAD_SIZE // 8, packed.to(tl.uint8), mask=stored)
+        scale = tl.minimum(squares / tl.maximum(product, 1e-38), LARGEST_SCALE)
         scales = (to + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
         tl.store(scales + (token_place % PLACES) * PAGE + token % PAGE, scale.to(tl.float16), mask=live)
     else:
@@ -264,6 +292,7 @@ def launch_options(
     head_pad = next_power_of_2(layout.head_size)
     constexprs = {
         "KIND": layout.kind,
+        "BITS": layout.sketch_bits,
         "PAGE": PAGE,
         "BLOCK_PAGES": num_layers * num_kv_heads,
         "HEAD_SIZE": layout.head_size,
@@ -277,7 +306,7 @@ def launch_options(
         "LARGEST_SCALE": FP16_MAX,
         # 16 KiB of rests in fp32, at most: they and the angles are in registers.
         "TILE_CHUNKS": max(min(4096 // (head_pad * PAGE), 4), 1),
-        # The sign of a product near zero does not matter.
+        # On which side of a limit a product near it falls does not matter.
         "PRECISION": "tf32",
         **dict(rope),
     }
@@ -304,7 +333,7 @@ def landmark_build(
     cos_sin = landmarks.rope.cos_sin if landmarks.rope else pool
     axis = landmarks.rope.axis if landmarks.rope else source_blocks
     at = source_blocks if positions is None else positions.contiguous()
-    if layout.kind == "sketch":
+    if layout.sketch_bits:
         centre_kernel[(layers * heads,)](
             pool,
             source_blocks,

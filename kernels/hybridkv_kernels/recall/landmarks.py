@@ -1,7 +1,7 @@
 """What building and scoring landmarks needs besides the keys: a random rotation, and the model's own rope."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,11 +131,11 @@ class Landmarks:
         Raises:
             ValueError: for a kind, head size or rotary size that does not fit.
         """
-        if kind != "sketch":
-            return cls(LandmarkLayout(kind, head_size, dtype.itemsize), None, None)
+        layout = LandmarkLayout(kind, head_size, dtype.itemsize)
+        if not layout.sketch_bits:
+            return cls(layout, None, None)
         if rope is not None:
             require(rope.rotary_size <= head_size, "the rope turns more dimensions than the head has")
         # With one axis a token's position is its index.
         axes = rope.num_axes if rope is not None and rope.num_axes > 1 else 0
-        layout = LandmarkLayout(kind, head_size, dtype.itemsize, axes)
-        return cls(layout, random_rotation(head_size, device), rope)
+        return cls(replace(layout, position_axes=axes), random_rotation(head_size, device), rope)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from ..pages import PAGE, require, supports_head_size
 
-LandmarkKind = Literal["sketch", "mean", "minmax"]
+LandmarkKind = Literal["sketch", "sketch2", "mean", "minmax"]
 
 INDEX_BYTES = 4
 SCALE_BYTES = 2
@@ -19,15 +19,16 @@ class LandmarkLayout:
 
     A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
     (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, then the chunk's hot slot as
-    int32 (-1 where it is not hot). Chunk c is at place `reserved + c` of the head's pages; the data of the
+    int32 (-1 where it is not hot). A sketch's data is, token by token, the high bits of all dimensions, then
+    for two bits the low ones. Chunk c is at place `reserved + c` of the head's pages; the data of the
     reserved places of the first page holds the centre that sketches are taken around, D fp32.
 
     The positions of the prompt's tokens, int32, serve all heads and fill the arena's first logical pages,
     where they are not simply the tokens' indices: of each chunk 16 for each axis, whole chunks to a page.
 
     Attributes:
-        kind: `sketch` (a sign bit for each rotated dimension of each key), `mean` (the mean key) or `minmax`
-            (for each dimension the least and the largest value).
+        kind: `sketch` (a sign bit for each rotated dimension of each key), `sketch2` (two bits), `mean` (the
+            mean key) or `minmax` (for each dimension the least and the largest value).
         head_size: D.
         itemsize: bytes of an element of the pool.
         position_axes: axes of the positions that are kept; 0 where none are.
@@ -51,16 +52,21 @@ class LandmarkLayout:
         return PAGE * 2 * self.head_size * self.itemsize
 
     @property
+    def sketch_bits(self) -> int:
+        """Bits that a sketch has for each rotated dimension of a key; 0 for kinds that are no sketches."""
+        return {"sketch": 1, "sketch2": 2}.get(self.kind, 0)
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of one chunk's data field."""
-        if self.kind == "sketch":
-            return PAGE * self.head_size // 8
+        if self.sketch_bits:
+            return PAGE * self.head_size * self.sketch_bits // 8
         return self.head_size * self.itemsize * (2 if self.kind == "minmax" else 1)
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of one chunk's scales."""
-        return PAGE * SCALE_BYTES if self.kind == "sketch" else 0
+        return PAGE * SCALE_BYTES if self.sketch_bits else 0
 
     @cached_property
     def places(self) -> int:
@@ -70,7 +76,7 @@ class LandmarkLayout:
     @cached_property
     def reserved(self) -> int:
         """Places of the first page that the centre takes."""
-        return -(-CENTRE_BYTES * self.head_size // self.data_bytes) if self.kind == "sketch" else 0
+        return -(-CENTRE_BYTES * self.head_size // self.data_bytes) if self.sketch_bits else 0
 
     @property
     def scale_offset(self) -> int:
