@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hybridkv_quality.page import RESULTS, read_results
+from hybridkv_quality.page import RESULTS, read_results, write_page
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
 
@@ -39,3 +40,26 @@ def test_accuracy_is_the_committed_one(tmp_path: Path) -> None:
         assert before.mean.low <= after.mean.value <= before.mean.high, policy
         assert after.memory.held_share == pytest.approx(before.memory.held_share, rel=1e-6)
     assert condition(now, "hybridkv").memory.held_share < 2 * BUDGET
+
+
+def test_a_page_says_what_the_results_say(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"main\.json is missing: run benchmarks/quality/sweep\.py"):
+        write_page(tmp_path, tmp_path / "quality.md")
+    for name in ("main", "tokens-1024", "ablation-default"):
+        shutil.copy(RESULTS / "slice.json", tmp_path / f"{name}.json")
+    shutil.copy(RESULTS / "curve.json", tmp_path)
+    write_page(tmp_path, tmp_path / "quality.md")
+    page = (tmp_path / "quality.md").read_text()
+    results = read_results(RESULTS)["slice"]
+    for policy in (FULL, "hybridkv"):
+        found = condition(results, policy)
+        share = f"{found.memory.held_share:.1%}"
+        assert f"| {found.n} | {100 * found.mean.value:.1f} [" in page
+        assert f" | {share} |" in page
+    loss = 1 - condition(results, "hybridkv").mean.value / condition(results, FULL).mean.value
+    assert f"At 10% `hybridkv` loses {100 * loss:.1f}% of the full cache's mean" in page
+    assert {file.stem for file in (tmp_path / "quality").iterdir()} == {
+        "accuracy_by_memory",
+        "tasks_at_0.1",
+        "chain_by_word",
+    }

@@ -94,8 +94,8 @@ def _head(main: Results) -> Iterator[str]:
     yield (
         f"Measured {main.created_at:%Y-%m-%d} on {main.environment.device}, {versions}, commit "
         f"{(main.environment.commit or 'unknown')[:10]}, seed {main.seed}, "
-        f"{main.configuration['tokens']} prompt tokens. Intervals are 95%: Wilson's for a task, bootstrap "
-        "over contexts for means. An answer counts only if every word of it is right; decoding is greedy."
+        f"{main.configuration['samples']['tokens']} prompt tokens. Intervals are 95%: Wilson's for a task, "
+        "bootstrap over contexts for means. Decoding is greedy; an answer is right if every word of it is."
     )
     yield ""
     yield "The model is the small Qwen2.5-VL that ships with this package. It says how methods differ on"
@@ -190,11 +190,11 @@ def _verdicts(main: Results, full: ConditionResult) -> Iterator[str]:
 
 
 def _tasks(main: Results) -> Iterator[str]:
-    yield "## Tasks at 5 and 10%"
+    yield "## Tasks at small budgets"
     yield ""
     yield "![tasks at 10%](quality/tasks_at_0.1.png)"
     yield ""
-    for budget in (0.05, 0.1):
+    for budget in _budgets(main)[:2]:
         conditions = [c for c in main.conditions if c.policy == FULL or c.budget == budget]
         rows = [
             [task, str(_full(main).tasks[task].n), *(_percent(c.tasks[task].accuracy) for c in conditions)]
