@@ -181,7 +181,7 @@ class Interview:
             sample=question.sample.name,
             policy=self._job.policy,
             budget=question.budget,
-            classifier=options.classifier,
+            classifier=options.classifier_name,
             theta=options.theta,
             heads=heads,
         )
