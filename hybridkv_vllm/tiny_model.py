@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -156,13 +157,7 @@ def write_tiny_model(out: Path, *, seed: int = 0, layers: int = 4, force: bool =
     _prepare_folder(out, force)
     tokenizer = _train_tokenizer()
     model = _build_model(_config(tokenizer, layers), tokenizer, seed)
-    # The model first: its config marks the folder, so an interrupted run can simply be repeated.
-    model.save_pretrained(out)
-    processor = build_processor(tokenizer, SYSTEM_PROMPT + CHAT_TEMPLATE)
-    processor.save_pretrained(out)
-    # processor_config.json holds these too, but older readers look for files of their own.
-    processor.image_processor.save_pretrained(out)
-    processor.video_processor.save_pretrained(out)
+    save_model(model, tokenizer, SYSTEM_PROMPT + CHAT_TEMPLATE, out)
     return out
 
 
@@ -218,57 +213,113 @@ def _train_tokenizer() -> Qwen2Tokenizer:
         ),
     )
     learnt = json.loads(pieces.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=MAX_POSITIONS,
-    )
+    return build_tokenizer(learnt["vocab"], [tuple(pair) for pair in learnt["merges"]])
 
 
 def _config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_5_VLConfig:
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    return Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        text_config={
-            "vocab_size": len(tokenizer),
+    return build_config(
+        tokenizer,
+        text={
             "hidden_size": HIDDEN,
             "intermediate_size": 256,
             "num_hidden_layers": layers,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
+        },
+        vision={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        rope_theta=1_000_000.0,
+        mrope_section=MROPE_SECTION,
+        **{MARK: True},
+    )
+
+
+def build_config(
+    tokenizer: Qwen2Tokenizer,
+    *,
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    rope_theta: float,
+    mrope_section: Sequence[int],
+    **more: Any,
+) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL's configuration at another size.
+
+    Args:
+        text: sizes of the language model.
+        vision: sizes and windows of the vision tower.
+        mrope_section: frequencies of M-RoPE for time, height and width.
+        more: further entries at the top.
+    """
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    return Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        text_config={
+            "vocab_size": len(tokenizer),
+            **text,
             "max_position_embeddings": MAX_POSITIONS,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 1_000_000.0,
-                "mrope_section": list(MROPE_SECTION),
+                "rope_theta": rope_theta,
+                "mrope_section": list(mrope_section),
             },
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 2,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": TEMPORAL_PATCH,
             "tokens_per_second": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": text["hidden_size"],
+            **vision,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
-        **{MARK: True},
+        **more,
     )
+
+
+def build_tokenizer(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Qwen2Tokenizer:
+    """Qwen's tokenizer with other pieces."""
+    return Qwen2Tokenizer(
+        vocab=dict(vocab),
+        merges=list(merges),
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def save_model(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, chat_template: str, out: Path
+) -> None:
+    """Writes all that vLLM and Transformers load: greedy by default, weights in the type that they have."""
+    text = model.config.text_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=[text.eos_token_id, text.bos_token_id],
+        pad_token_id=text.pad_token_id,
+    )
+    # The model first: its config marks the folder, so an interrupted run can simply be repeated.
+    model.save_pretrained(out)
+    processor = build_processor(tokenizer, chat_template)
+    processor.save_pretrained(out)
+    # processor_config.json holds these too, but older readers look for files of their own.
+    processor.image_processor.save_pretrained(out)
+    processor.video_processor.save_pretrained(out)
 
 
 def build_processor(tokenizer: Qwen2Tokenizer, chat_template: str) -> Qwen2_5_VLProcessor:
@@ -300,13 +351,6 @@ def _build_model(
     for layer in model.model.language_model.layers:
         _make_text_heads(layer.self_attn.q_proj, layer.self_attn.k_proj, modality)
     _silence(model.lm_head.weight, tokenizer)
-    text = config.text_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=text.bos_token_id,
-        eos_token_id=[text.eos_token_id, text.bos_token_id],
-        pad_token_id=text.pad_token_id,
-    )
     return model.to(torch.bfloat16)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.records import LinesDamaged
 from hybridkv_quality.settings import EvalError, UsageError, checked_options
 
@@ -202,7 +203,7 @@ def _evaluate(args: argparse.Namespace) -> Any:
     from hybridkv_quality.evaluate_engine import evaluate_engine
 
     engine = EngineSettings(
-        model=args.model or _shipped_model(),
+        model=args.model or str(model_folder()),
         dtype=args.dtype,
         options=_options(args.option),
         max_model_len=args.max_model_len,
@@ -211,14 +212,6 @@ def _evaluate(args: argparse.Namespace) -> Any:
         seed=args.seed,
     )
     return evaluate_engine(args.out, source, engine, args.policies or _names(POLICIES), args.budgets)
-
-
-def _shipped_model() -> str:
-    try:
-        from hybridkv_quality.model_path import model_folder
-    except ModuleNotFoundError:
-        raise UsageError("this installation has no small model; name one with --model") from None
-    return str(model_folder())
 
 
 def _options(given: list[tuple[str, str]]) -> dict[str, Any]:

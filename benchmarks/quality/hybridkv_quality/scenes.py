@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,11 +41,6 @@ class Shape:
     frames: int = 1
     words: int = 0
     colours: int = len(COLOURS)
-
-    @property
-    def cells(self) -> int:
-        """Visual tokens."""
-        return self.frames * sum(rows * columns for rows, columns in self.grids)
 
 
 @dataclass(frozen=True)
@@ -187,10 +182,3 @@ def _grid(cells: int, rng: np.random.Generator) -> tuple[int, int]:
     """Rows and columns of about so many cells, at least 2 x 2 (the processor enlarges smaller pictures)."""
     rows = int(np.clip(round(cells**0.5 * rng.uniform(0.7, 1.4)), 2, max(2, cells // 2)))
     return rows, max(2, cells // rows)
-
-
-def seeds(seed: int) -> Iterator[np.random.Generator]:
-    """Endless independent generators."""
-    sequence = np.random.SeedSequence(seed)
-    while True:
-        yield np.random.default_rng(sequence.spawn(1)[0])

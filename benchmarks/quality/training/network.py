@@ -12,13 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from hybridkv_vllm.tiny_model import (
-    MAX_POSITIONS,
-    MERGE,
-    PATCH,
-    SPECIAL_TOKENS,
-    TEMPORAL_PATCH,
-)
+from hybridkv_vllm import tiny_model
+from hybridkv_vllm.tiny_model import MERGE, PATCH, TEMPORAL_PATCH
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, FEED_FORWARD = 256, 4, 4, 2, 64, 384
 # The layer whose first head is shown, at the beginning, which domino to look at.
@@ -34,46 +29,26 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     """The real architecture, small. Windows of one visual token: the tower reads each cell by itself."""
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    return Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        text_config={
-            "vocab_size": len(tokenizer),
+    return tiny_model.build_config(
+        tokenizer,
+        text={
             "hidden_size": HIDDEN,
             "intermediate_size": FEED_FORWARD,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
             "head_dim": HEAD_SIZE,
-            "max_position_embeddings": MAX_POSITIONS,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": ROPE_THETA,
-                "mrope_section": list(MROPE_SECTION),
-            },
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
         },
-        vision_config={
+        vision={
             "depth": 1,
             "hidden_size": VISION_HIDDEN,
             "intermediate_size": 2 * VISION_HIDDEN,
             "num_heads": VISION_HEADS,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": TEMPORAL_PATCH,
-            "tokens_per_second": 2,
             "window_size": PATCH * MERGE,
             "fullatt_block_indexes": [],
-            "out_hidden_size": HIDDEN,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
+        rope_theta=ROPE_THETA,
+        mrope_section=MROPE_SECTION,
     )
 
 

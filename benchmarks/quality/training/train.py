@@ -314,12 +314,6 @@ def main() -> None:
     (args.out / CURVE).write_text(json.dumps(curve, indent=1) + "\n")
 
 
-def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """The points of a finished training."""
-    points: list[dict[str, Any]] = json.loads((folder / CURVE).read_text())
-    return points
-
-
 def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, Any]]:
     """Weights, then biases."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ from hybridkv_quality.lexicon import ROLES, spaced_words
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
-from hybridkv_vllm.tiny_model import MAX_POSITIONS, SPECIAL_TOKENS
+from hybridkv_vllm import tiny_model
 
 SPACE = "Ġ"  # How byte-level pieces write a space.
 
@@ -21,13 +21,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         for end in range(1, len(word)):
             merges[word[:end], word[end]] = None
             pieces[word[: end + 1]] = None
-    return Qwen2Tokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=list(merges),
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=MAX_POSITIONS,
-    )
+    return tiny_model.build_tokenizer({piece: number for number, piece in enumerate(pieces)}, list(merges))
 
 
 def _pieces() -> Iterable[str]:
