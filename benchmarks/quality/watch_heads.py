@@ -17,9 +17,10 @@ from hybridkv_quality.environment import environment
 from hybridkv_quality.heads import HeadBehaviour, mean_behaviour, watch_heads
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.tasks import suite_samples
+from sweep import RESULTS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "quality" / "heads.json"
+OUT = RESULTS / "heads.json"
 SHARE = 0.1
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hybridkv_quality.page import RESULTS, read_results, write_page
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
 
@@ -16,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
 
 import sweep  # noqa: E402
+from page import read_results, write_page  # noqa: E402
+from sweep import RESULTS  # noqa: E402
 
 BUDGET = 0.1
 

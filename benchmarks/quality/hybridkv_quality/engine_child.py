@@ -28,12 +28,10 @@ from hybridkv_quality.messages import Message
 from hybridkv_quality.pool_observer import Held, PoolObserver
 from hybridkv_quality.records import HeadsExample, Record
 from hybridkv_quality.sample import Sample
-from hybridkv_quality.scoring import score, word_hits
 from hybridkv_quality.settings import EngineJob, EngineSettings, server_options
 from hybridkv_quality.sources import by_context, open_samples
 from hybridkv_vllm.config import parse_server_options
 from hybridkv_vllm.observe.heads import RequestHeads
-from hybridkv_vllm.plan import ceil_pages
 
 # Many prompts at once on a GPU, and more than a picture of the largest size.
 BATCHED_TOKENS = 8192
@@ -145,24 +143,16 @@ class Interview:
     def _record(self, answer: Answered, held: Held | None) -> Record:
         sample, output = answer.question.sample, answer.output
         completion = output.outputs[0]
-        prompt_tokens = len(output.prompt_token_ids or ())
-        return Record(
+        return Record.of(
+            sample,
+            completion.text,
             configuration=self._job.configuration,
-            task=sample.task,
-            sample=sample.name,
-            context=sample.context,
             policy=self._job.policy,
             budget=answer.question.budget,
-            metric=sample.metric,
-            answer=sample.answer,
-            output=completion.text,
-            score=score(completion.text, sample),
-            word_hits=word_hits(completion.text, sample.answer) if sample.metric == "words" else [],
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(output.prompt_token_ids or ()),
             cached_tokens=output.num_cached_tokens,
             output_tokens=len(completion.token_ids),
             compressed=None if held is None else held.compressed,
-            blocks_full=ceil_pages(prompt_tokens),
             blocks_held=None if held is None else held.blocks,
             block_bytes=self._observer.block_bytes,
             recalled_share=None if held is None or held.heads is None else held.heads.recalled_share,
@@ -176,15 +166,7 @@ class Interview:
             return
         self._shown.add(shown)
         options = parse_server_options(server_options(self._job.policy, self._job.engine.options))
-        example = HeadsExample(
-            task=question.sample.task,
-            sample=question.sample.name,
-            policy=self._job.policy,
-            budget=question.budget,
-            classifier=options.classifier_name,
-            theta=options.theta,
-            heads=heads,
-        )
+        example = HeadsExample.of(question.sample, self._job.policy, question.budget, options, heads)
         self._send(Message(kind="heads", heads=example))
 
 

@@ -71,14 +71,12 @@ def watch_heads(model: Any, processor: Any, sample: Sample, share: float) -> Hea
     )
     scores = _scores(weights, is_visual, prompt, group)
     steps = weights[..., prompt:, :prompt].mean(2)  # [L, H, n, T]
-    past = scores.past
+    past = min(scores.past, scores.compressible)
     before = steps[..., :past]
-    keep = max(1, round(share * prompt) - scores.window)
-    voted = pooled_mass(scores)
-    voted = voted[..., :past] if voted.shape[-1] >= past else scores.mass[..., :past]
-    chosen = voted.topk(min(keep, voted.shape[-1]), dim=-1).indices
+    keep = min(max(1, round(share * prompt) - scores.window), past)
+    chosen = pooled_mass(scores)[..., :past].topk(keep, dim=-1).indices
     kept = before.gather(-1, chosen.unsqueeze(2).expand(-1, -1, before.shape[2], -1)).sum(-1)
-    ideal = before.topk(min(keep, past), dim=-1).values.sum(-1)
+    ideal = before.topk(keep, dim=-1).values.sum(-1)
     whole = before.sum(-1)
     return HeadBehaviour(
         reach=whole.mean(-1),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import IO, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hybridkv_quality.sample import Sample
+from hybridkv_quality.scoring import score, word_hits
+from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.observe.heads import RequestHeads
+from hybridkv_vllm.plan import ceil_pages
 
 Metric = Literal["words", "contains", "choice", "rouge"]
 Line = TypeVar("Line", bound=BaseModel)
@@ -58,6 +62,31 @@ class Record(BaseModel):
     recalled_share: float | None = Field(description="Share of the KV heads that recall chunks.")
     host_bytes: int | None = Field(description="Bytes of the prompt's chunks in host memory.")
 
+    @classmethod
+    def of(
+        cls, sample: Sample, output: str, *, prompt_tokens: int, block_bytes: int | None, **more: Any
+    ) -> Self:
+        """The record of one answer, scored.
+
+        Args:
+            output: what the model said.
+            more: the other fields, but for those that follow from the sample and the prompt's length.
+        """
+        return cls(
+            task=sample.task,
+            sample=sample.name,
+            context=sample.context,
+            metric=sample.metric,
+            answer=sample.answer,
+            output=output,
+            score=score(output, sample),
+            word_hits=word_hits(output, sample.answer) if sample.metric == "words" else [],
+            prompt_tokens=prompt_tokens,
+            blocks_full=ceil_pages(prompt_tokens),
+            block_bytes=block_bytes,
+            **more,
+        )
+
     @property
     def key(self) -> AnswerKey:
         return AnswerKey(self.task, self.sample, self.policy, self.budget)
@@ -87,6 +116,21 @@ class HeadsExample(BaseModel):
     classifier: str
     theta: float
     heads: RequestHeads
+
+    @classmethod
+    def of(
+        cls, sample: Sample, policy: str, budget: float | None, options: ServerOptions, heads: RequestHeads
+    ) -> Self:
+        """How the heads of a sample's prompt were judged under the server's options."""
+        return cls(
+            task=sample.task,
+            sample=sample.name,
+            policy=policy,
+            budget=budget,
+            classifier=options.classifier_name,
+            theta=options.theta,
+            heads=heads,
+        )
 
 
 class LinesDamaged(ValueError):

@@ -16,7 +16,6 @@ from hybridkv_quality.chat import http_chat
 from hybridkv_quality.messages import Message
 from hybridkv_quality.records import HeadsExample, Record
 from hybridkv_quality.sample import Sample
-from hybridkv_quality.scoring import score, word_hits
 from hybridkv_quality.settings import AS_SERVED, FULL, EvalError, UsageError
 from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import KEPT_REQUESTS, RequestHeads
@@ -177,14 +176,8 @@ class ServerRun:
                 options = self._server.options
                 if reply.heads is not None and options is not None and shown not in self._shown:
                     self._shown.add(shown)
-                    example = HeadsExample(
-                        task=reply.sample.task,
-                        sample=reply.sample.name,
-                        policy=self._policy(budget),
-                        budget=budget,
-                        classifier=options.classifier,
-                        theta=options.theta,
-                        heads=reply.heads,
+                    example = HeadsExample.of(
+                        reply.sample, self._policy(budget), budget, options, reply.heads
                     )
                     yield Message(kind="heads", heads=example)
 
@@ -246,23 +239,16 @@ class ServerRun:
         per_token = self._settings.kv_bytes_per_token
         block_bytes = None if per_token is None else per_token * PAGE_TOKENS
         recalled = reply.heads.recalled_share if reply.heads is not None else None
-        return Record(
+        return Record.of(
+            sample,
+            output,
             configuration=self._configuration,
-            task=sample.task,
-            sample=sample.name,
-            context=sample.context,
             policy=self._policy(budget),
             budget=budget,
-            metric=sample.metric,
-            answer=sample.answer,
-            output=output,
-            score=score(output, sample),
-            word_hits=word_hits(output, sample.answer) if sample.metric == "words" else [],
             prompt_tokens=tokens,
             cached_tokens=cached,
             output_tokens=reply.output_tokens,
             compressed=None if self._server.options is None else reply.heads is not None,
-            blocks_full=ceil_pages(tokens),
             blocks_held=held,
             block_bytes=block_bytes,
             recalled_share=recalled,

@@ -1,4 +1,4 @@
-"""Writes docs/quality.md from the committed results: `python -m hybridkv_quality.page`."""
+"""Writes docs/quality.md from the committed results: `python benchmarks/quality/page.py`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from hybridkv_quality.plots import accuracy_by_hop, accuracy_by_memory, accuracy
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
 from hybridkv_quality.tasks import suite_samples
+from sweep import RESULTS
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "benchmarks" / "results" / "quality"
-PAGE = ROOT / "docs" / "quality.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 OURS = "hybridkv"
 # The paper's mean loss over its eight image tasks at 10% (66.68 of 67.53).
 PAPERS_LOSS = 0.0126
@@ -88,7 +87,7 @@ def _head(main: Results) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in main.environment.versions.items())
     yield "# Quality: what compression costs"
     yield ""
-    yield "Written by `python -m hybridkv_quality.page` from `benchmarks/results/quality`; do not edit."
+    yield "Written by `python benchmarks/quality/page.py` from `benchmarks/results/quality`; do not edit."
     yield "`python benchmarks/quality/sweep.py` makes those files, on vLLM's own engine, with real pictures."
     yield ""
     yield (
