@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridkv_quality import calibrate
 from hybridkv_quality import command as evaluation
 from rich.console import Console
 
@@ -71,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     quality = commands.add_parser("eval", help="measure what policies and budgets cost in answers and memory")
     evaluation.add_arguments(quality)
     quality.set_defaults(run=evaluation.run)
+
+    calibration = commands.add_parser(
+        "calibrate", help="find out which KV heads of a model must not be pruned, for the option `profile`"
+    )
+    calibrate.add_arguments(calibration)
+    calibration.set_defaults(run=calibrate.run)
     return parser
 
 

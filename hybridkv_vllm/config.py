@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv_kernels.recall.layout import LandmarkKind
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import Tier
-from hybridkv_vllm.policies import POLICIES, PolicyOptions, StaticWeight
+from hybridkv_vllm.policies import POLICIES, PROFILE, PolicyOptions, StaticWeight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,6 +35,10 @@ class ServerOptions(BaseModel):
     classifier: Literal["text_mass", "sparsity", "top_mass", "union"] = Field(
         default="text_mass", description="Figure by which a KV head is called static or dynamic."
     )
+    profile: Path | None = Field(
+        default=None,
+        description="File of `hybridkv calibrate`: what it says of a KV head takes the classifier's place.",
+    )
     theta: float = Field(
         default=0.9,
         ge=0,
@@ -54,7 +59,7 @@ class ServerOptions(BaseModel):
         "`sparse`, the more sparse; `even`, all alike.",
     )
     landmark: LandmarkKind = Field(
-        default="sketch", description="What the GPU keeps of a dynamic head's chunk to score it."
+        default="sketch2", description="What the GPU keeps of a dynamic head's chunk to score it."
     )
     dynamic_tier: Literal["host", "gpu", "off"] = Field(
         default="host",
@@ -87,7 +92,7 @@ class ServerOptions(BaseModel):
     def policy_options(self) -> PolicyOptions:
         """The part that policies see."""
         return PolicyOptions(
-            classifier=self.classifier,
+            classifier=self.classifier if self.profile is None else PROFILE,
             theta=self.theta,
             dynamic_share=self.dynamic_share,
             static_weight=self.static_weight,
@@ -106,7 +111,7 @@ class ServerOptions(BaseModel):
     @property
     def classifier_name(self) -> str:
         """The classifier in use: the policy's own, where it defines one."""
-        return POLICIES[self.policy].classifier or self.classifier
+        return POLICIES[self.policy].classifier or self.policy_options().classifier
 
     @property
     def landmark_kind(self) -> LandmarkKind:

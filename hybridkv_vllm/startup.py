@@ -10,6 +10,7 @@ from hybridkv_kernels.pages import HEAD_SIZES, MAX_GROUP, supports_head_size
 from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
+from hybridkv_vllm.profile import read_profile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,11 +59,19 @@ def configure(vllm_config: VllmConfig) -> None:
     for problem in _server_problems(vllm_config, options):
         raise HybridKVConfigError(problem)
     _check_host_pool(vllm_config, options)
+    if options.profile is not None:
+        read_profile(options.profile, *model_shape(vllm_config))
     if not vllm_config.cache_config.user_specified_block_size:
         vllm_config.cache_config.block_size = PAGE_TOKENS
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
     _log_options(options)
+
+
+def model_shape(vllm_config: VllmConfig) -> tuple[int, int]:
+    """Layers and KV heads of the whole model, over all ranks."""
+    model = vllm_config.model_config
+    return model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
 
 
 def _warn_of_idle_options(vllm_config: VllmConfig) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hybridkv_quality.calibrate import load_model
 from hybridkv_quality.environment import environment
 from hybridkv_quality.heads import HeadBehaviour, mean_behaviour, watch_heads
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.tasks import suite_samples
 from sweep import RESULTS
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 OUT = RESULTS / "heads.json"
 SHARE = 0.1
@@ -48,10 +48,7 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, default=4)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(
-        args.model, dtype=torch.float32, attn_implementation="eager"
-    )
-    processor = AutoProcessor.from_pretrained(args.model)
+    model, processor = load_model(str(args.model))
     seen: dict[str, list[HeadBehaviour]] = defaultdict(list)
     for sample in suite_samples(tokens=args.tokens, contexts=args.contexts):
         seen[sample.task].append(watch_heads(model, processor, sample, SHARE))

@@ -10,12 +10,13 @@ from hybridkv_vllm.policies.base import (
     Verdict,
 )
 from hybridkv_vllm.policies.budget import recall_limits
-from hybridkv_vllm.policies.classify import CLASSIFIERS
+from hybridkv_vllm.policies.classify import CLASSIFIERS, PROFILE
 from hybridkv_vllm.policies.registry import POLICIES, get_policy
 
 __all__ = [
     "CLASSIFIERS",
     "POLICIES",
+    "PROFILE",
     "Policy",
     "PolicyOptions",
     "PromptScores",

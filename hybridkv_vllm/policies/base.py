@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -89,12 +89,13 @@ class PolicyOptions:
     """The server options that policies see.
 
     Attributes:
-        classifier: name in `classify.CLASSIFIERS`.
+        classifier: name in `classify.CLASSIFIERS`, or `classify.PROFILE`.
         theta: a KV head is static where its figure is at least this, in [0, 1]. The paper's 0.9.
         dynamic_share: r, what dynamic heads get of an equal share of the budget, in [0, 1]; 0.4 is our
             reading.
         static_weight: by what static heads share their part: `dense`, 1 - S (our reading); `sparse`, S;
             `even`, nothing.
+        profile: `[L, H]` fp32, what calibration says of the layers to be judged, for `classify.PROFILE`.
 
     Raises:
         ValueError: a number out of range.
@@ -104,6 +105,7 @@ class PolicyOptions:
     theta: float = 0.9
     dynamic_share: float = 0.4
     static_weight: StaticWeight = "dense"
+    profile: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("theta", "dynamic_share"):

@@ -12,6 +12,8 @@ from hybridkv_vllm.policies.base import PolicyOptions, PromptScores, Verdict
 from hybridkv_vllm.policies.scoring import sparsity, visual_mass
 
 TOP_SHARE = 10
+# The classifier that does not look at the prompt.
+PROFILE = "profile"
 
 
 def text_mass(scores: PromptScores) -> Tensor:
@@ -54,8 +56,15 @@ def classify(scores: PromptScores, options: PolicyOptions) -> Verdict:
     Raises:
         ValueError: unknown classifier; the message lists the known ones.
     """
+    figure = torch.nan_to_num(_figure(scores, options))
+    return Verdict(dynamic=figure < options.theta, figure=figure, sparsity=sparsity(scores))
+
+
+def _figure(scores: PromptScores, options: PolicyOptions) -> Tensor:
+    """`[L, H]` fp32, what is held against theta."""
+    if options.classifier == PROFILE and options.profile is not None:
+        return options.profile
     if options.classifier not in CLASSIFIERS:
         known = ", ".join(sorted(CLASSIFIERS))
         raise ValueError(f"unknown classifier {options.classifier!r}: choose one of {known}")
-    figure = torch.nan_to_num(CLASSIFIERS[options.classifier](scores))
-    return Verdict(dynamic=figure < options.theta, figure=figure, sparsity=sparsity(scores))
+    return CLASSIFIERS[options.classifier](scores)

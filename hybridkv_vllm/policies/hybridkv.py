@@ -17,7 +17,7 @@ from hybridkv_vllm.policies.base import (
     Verdict,
 )
 from hybridkv_vllm.policies.budget import allocate_pages
-from hybridkv_vllm.policies.select import fill_pages, settle_recall, text_first
+from hybridkv_vllm.policies.select import fill_pages, settle_recall, text_first, window_first
 
 
 class HybridKV(Policy):
@@ -64,4 +64,7 @@ class HybridKV(Policy):
             dynamic_share=options.dynamic_share,
             dynamic_least=self.least_pages(settled),
         )
-        return fill_pages(head_pages, text_first(scores), scores, verdict, settled)
+        # Bytes: they are as many as the scores.
+        by_vote, text_prior = window_first(scores).to(torch.int8), text_first(scores).to(torch.int8)
+        priority = torch.where(verdict.dynamic.unsqueeze(-1), by_vote, text_prior)
+        return fill_pages(head_pages, priority, scores, verdict, settled)

@@ -35,7 +35,7 @@ def keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         score: `[L, H, T']` fp32, not negative; NaN counts as the largest.
-        priority: `[T']` int64 in {0, 1, 2}, the larger first.
+        priority: `[T']` or `[L, H, T']` integer in {0, 1, 2}, the larger first.
         lengths: `[L, H]` integer in [0, T'], tokens to keep.
 
     Returns:
@@ -46,7 +46,8 @@ def keep_best(score: Tensor, priority: Tensor, lengths: Tensor) -> Tensor:
     layers = max(1, SORT_ELEMENTS // max(1, score[0].numel()))
     for part in range(0, score.shape[0], layers):
         rows = slice(part, part + layers)
-        keep[rows] = _keep_best(score[rows], priority, lengths[rows])
+        of_heads = priority if priority.ndim == 1 else priority[rows]
+        keep[rows] = _keep_best(score[rows], of_heads.long(), lengths[rows])
     return keep
 
 
@@ -129,7 +130,7 @@ def fill_pages(
 
     Args:
         head_pages: `[L, H]` int64 in [0, T' / 16]; of a head that recalls, more than its landmarks take.
-        priority: `[T']` int64 in {0, 1, 2}, which tokens pruned heads keep first.
+        priority: `[T']` or `[L, H, T']` integer in {0, 1, 2}, which tokens pruned heads keep first.
         recall: as `settle_recall` returns it.
     """
     lengths = kept_lengths(head_pages, scores).masked_fill(recall.heads, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hybridkv_kernels import Backend
@@ -106,7 +106,10 @@ class PrefillEnd:
             self._votes[layer],
             backend=self._backend,
         )
-        verdict = self._policy.classify(self._scores(slice(layer, layer + 1)), self._options.policy_options())
+        options, profile = self._options.policy_options(), self._tables.profile
+        if profile is not None:
+            options = replace(options, profile=profile[layer : layer + 1])
+        verdict = self._policy.classify(self._scores(slice(layer, layer + 1)), options)
         self._verdicts.append(verdict)
         if self._recall is not None:
             pool = self._tables.pool

@@ -12,6 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -19,10 +20,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from hybridkv_vllm.attention.impl import HybridKVImpl
+from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.observe.heads import heads_report
 from hybridkv_vllm.observe.metrics import worker_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
+from hybridkv_vllm.profile import read_profile
+from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
 from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks
 from hybridkv_vllm.worker.recall import RecallState
@@ -86,6 +90,7 @@ class HybridKVModelState(DefaultModelState):
             max_rows=self.max_num_reqs,
             with_work=impl.kernel_backend == "triton",
             recall=recall,
+            profile=self._read_profile(layers, shape, impl.options),
         )
         parallel = self.vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -97,6 +102,20 @@ class HybridKVModelState(DefaultModelState):
             layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton" and self.device.type == "cuda":
             self._warm_up(self._tables, impl)
+
+    def _read_profile(
+        self, layers: Sequence[Attention], shape: CacheShape, options: ServerOptions
+    ) -> torch.Tensor | None:
+        """What the option `profile` says of this rank's heads, `[L, H]` fp32."""
+        if options.profile is None:
+            return None
+        profile = read_profile(options.profile, *model_shape(self.vllm_config))
+        # With more ranks than KV heads vLLM gives neighbouring ranks the same head.
+        tensor = get_tp_group()
+        first = tensor.rank_in_group * profile.shape[1] // tensor.world_size
+        numbers = [extract_layer_index(layer.layer_name) for layer in layers]
+        figures = profile.figures(numbers, range(first, first + shape.num_kv_heads))
+        return torch.tensor(figures, dtype=torch.float32, device=self.device)
 
     def _make_recall(
         self, shape: CacheShape, impl: HybridKVImpl, pool: torch.Tensor, *, slots: int

@@ -89,6 +89,7 @@ class RequestTables:
         row_slot: `[R]` int32, slot of each decode row of the running step, -1 for padding.
         work: the running step's split of the decode over programs.
         recall: tables of the heads that recall chunks; None where none ever does.
+        profile: `[L, H]` fp32, what calibration says of the heads; None where each prompt says it.
         grants: of each slot whose prompt ends prefill in this step or is compressed (host side).
         live: whether the running step holds requests; a dummy run's slots mean nothing.
     """
@@ -99,6 +100,7 @@ class RequestTables:
     row_slot: torch.Tensor
     work: DecodePlan | None
     recall: RecallState | None = None
+    profile: torch.Tensor | None = None
     grants: dict[int, ArenaGrant] = field(default_factory=dict)
     live: bool = False
 
@@ -112,6 +114,7 @@ class RequestTables:
         max_rows: int,
         with_work: bool,
         recall: RecallState | None,
+        profile: torch.Tensor | None,
     ) -> RequestTables:
         """Allocates empty tables.
 
@@ -120,6 +123,7 @@ class RequestTables:
             max_rows: decode rows of a step, at most.
             with_work: whether the kernels in use need a `DecodePlan`.
             recall: tables of the heads that recall, for the same slots.
+            profile: `[L, H]` fp32, what calibration says of this rank's heads.
         """
         slots, width = blocks.shape
         device = pool.device
@@ -133,7 +137,15 @@ class RequestTables:
         )
         work = make_work(shape, max_rows, device) if with_work else None
         row_slot = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        return cls(shape=shape, pool=pool, decode=decode, row_slot=row_slot, work=work, recall=recall)
+        return cls(
+            shape=shape,
+            pool=pool,
+            decode=decode,
+            row_slot=row_slot,
+            work=work,
+            recall=recall,
+            profile=profile,
+        )
 
     def begin_step(self, slots: torch.Tensor | None, num_rows: int) -> None:
         """Notes which slot each row of the coming step belongs to.

@@ -99,6 +99,8 @@ class RecallCase:
             wide = Rope(rope.cos_sin.double(), rope.axis, rope.num_axes, rope.is_neox)
             centre = turn(wide, keys, self.positions[slot], inverse=True).mean(0)
             around = turn(wide, centre.expand_as(keys), self.positions[slot])
+        centred = ((keys - around) ** 2).sum(-1, keepdim=True) < (keys**2).sum(-1, keepdim=True)
+        around = torch.where(centred, around, 0)
         rest = (keys - around) @ rotation.double()
         levels = (rest > 0).double() * 2 - 1
         if kind == "sketch2":

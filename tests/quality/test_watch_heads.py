@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybridkv_quality.calibrate import load_model
 from hybridkv_quality.heads import HeadBehaviour, mean_behaviour, watch_heads
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.tasks import suite_samples
@@ -15,13 +16,7 @@ from hybridkv_vllm.policies import CLASSIFIERS
 
 @pytest.fixture(scope="module")
 def model() -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    folder = model_folder()
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return loaded, AutoProcessor.from_pretrained(folder)
+    return load_model(str(model_folder()))
 
 
 def watch(model: tuple[Any, Any], task: str, share: float) -> HeadBehaviour:

@@ -6,12 +6,16 @@ observation window looked at is what the decode steps look at; it has to recall 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hybridkv_quality.sample import Sample
 from hybridkv_vllm.plan import PAGE_TOKENS, observation_window
@@ -23,6 +27,8 @@ LONGEST_WINDOW = 64
 # Probability, of a query's largest, from which a token counts as important (the scoring kernel's).
 IMPORTANT = 0.01
 TOP_TOKENS = 16
+# Transformers' name for the attention that is watched.
+WATCHED = "hybridkv_watched"
 
 
 @dataclass(frozen=True)
@@ -54,23 +60,21 @@ def watch_heads(model: Any, processor: Any, sample: Sample, share: float) -> Hea
     """Reads the attention of a sample's prompt and right answer.
 
     Args:
-        model: a Transformers model with `attn_implementation="eager"`; prompts of a few thousand tokens at
-            most, because whole attention matrices are held.
+        model: a Transformers model with PyTorch's own attention (`attn_implementation="sdpa"`).
         processor: its processor.
         sample: from the suite.
         share: of the prompt's tokens that a pruned head keeps, in (0, 1].
     """
     inputs, prompt = _inputs(processor, sample)
-    attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-    text = model.config.get_text_config()
-    group = text.num_attention_heads // text.num_key_value_heads
-    # [L, H, group, queries, keys]
-    weights = torch.stack([layer[0].unflatten(0, (-1, group)) for layer in attentions]).float()
+    first = max(0, prompt - LONGEST_WINDOW)
+    with _watching(model, first) as layers:
+        model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
+    weights = torch.stack(layers)  # [L, H, group, queries from `first`, keys]
     is_visual = (inputs["input_ids"][0, :prompt] == model.config.image_token_id) | (
         inputs["input_ids"][0, :prompt] == model.config.video_token_id
     )
-    scores = _scores(weights, is_visual, prompt, group)
-    steps = weights[..., prompt:, :prompt].mean(2)  # [L, H, n, T]
+    scores = _scores(weights[..., : prompt - first, :prompt], is_visual)
+    steps = weights[..., prompt - first :, :prompt].mean(2)  # [L, H, n, T]
     past = min(scores.past, scores.compressible)
     before = steps[..., :past]
     keep = min(max(1, round(share * prompt) - scores.window), past)
@@ -121,7 +125,33 @@ def _inputs(processor: Any, sample: Sample) -> tuple[Any, int]:
     return processor(text=[f"{text} {sample.answer}"], **arguments), prompt
 
 
-def _scores(weights: Tensor, is_visual: Tensor, prompt: int, group: int) -> PromptScores:
+@contextmanager
+def _watching(model: Any, first: int) -> Iterator[list[Tensor]]:
+    """Collects each layer's attention `[H, group, queries, keys]` fp32 of the queries from `first` on."""
+    seen: list[Tensor] = []
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        grouped = query[0, :, first:].unflatten(0, (key.shape[1], -1)).float() * options["scaling"]
+        logits = grouped @ key[0].float().transpose(-1, -2).unsqueeze(1)
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(first + 1)
+        seen.append(logits.masked_fill(later, -torch.inf).softmax(-1).cpu())
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(WATCHED, attend)
+    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation({"text_config": WATCHED})
+    try:
+        yield seen
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+def _scores(rows: Tensor, is_visual: Tensor) -> PromptScores:
+    """Scores as a worker has them, of a prompt's last queries `[L, H, group, queries, T]`."""
+    prompt = rows.shape[-1]
     edges = torch.diff(
         is_visual.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)
     )
@@ -131,14 +161,14 @@ def _scores(weights: Tensor, is_visual: Tensor, prompt: int, group: int) -> Prom
         )
     )
     window = observation_window(prompt, spans, LONGEST_WINDOW)
-    rows = weights[..., prompt - window : prompt, :prompt]
+    rows = rows[..., -window:, :]
     important = rows >= IMPORTANT * rows.amax(-1, keepdim=True)
     return PromptScores(
         mass=rows.mean((2, 3)),
         votes=important.float().sum((2, 3)),
         is_visual=is_visual,
         window=window,
-        group=group,
+        group=rows.shape[2],
         compressible=prompt // PAGE_TOKENS * PAGE_TOKENS,
     )
 

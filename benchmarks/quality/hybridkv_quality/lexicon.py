@@ -26,7 +26,7 @@ ORDINALS = (
     "eleventh", "twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth",
     "eighteenth", "nineteenth", "twentieth",
 )
-COUNTS = ("one", "two", "three", "four", "five", "six")
+COUNTS = ("one", "two", "three")
 # Names of notes (text needles).
 NAMES = (
     "harbour", "lantern", "meadow", "orchard", "pepper", "quarry", "ribbon", "saddle", "thunder",

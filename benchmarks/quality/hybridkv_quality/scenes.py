@@ -107,7 +107,7 @@ def _fill(
 
 
 def _gallery_names(pictures: int, rng: np.random.Generator) -> list[Name]:
-    """Names of which some colours occur once to six times, so that counting has an answer."""
+    """Names of which some colours occur once to three times, so that counting has an answer."""
     colours = list(COLOURS)
     rng.shuffle(colours)
     counts: list[str] = []

@@ -11,7 +11,7 @@ from hybridkv_quality.lexicon import COLOURS, COMMA, FILLER, GLYPHS, RECITE
 from hybridkv_quality.pictures import Board, Name, draw_clutter, draw_half
 from hybridkv_quality.questions import TASKS, Question, Turn, say
 from hybridkv_quality.scenes import ALL_NAMES, Kind, Scene, Shape, build_scene
-from network import Batch, see, to_patches
+from network import Batch, Tally, see, to_patches
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -72,9 +72,14 @@ class Batches:
         tokens, targets = self._pad(asked)
         context, positions = self._contexts(built)
         lookups = torch.full_like(tokens, -1)
+        tallies = []
         for row, scene in enumerate(built):
             sources = self._sources(scene)
-            for place, (_, ids, _) in enumerate(asked[row]):
+            for place, (task, ids, answers) in enumerate(asked[row]):
+                if task == "count":
+                    said = answers[0][0]
+                    counted = [at for name, (at, *_) in sources.items() if name[0] == ids[said] and name[1:]]
+                    tallies.append(Tally(row, place * tokens.shape[2] + said, counted))
                 for last in range(1, len(ids)):
                     named = sources.get((ids[last - 1], ids[last]))
                     found = named or sources.get((ids[last],)) or []
@@ -83,7 +88,7 @@ class Batches:
         ends = torch.tensor([-100, self._ids["<|im_end|>"], *self._words(COMMA)])
         lookups[torch.isin(targets, ends) | (tokens == self._ids["Ġ" + COMMA])] = -1
         tasks = [[task for task, _, _ in scene] for scene in asked]
-        return Batch(context, positions, tokens, targets, tasks, lookups)
+        return Batch(context, positions, tokens, targets, tasks, lookups, tallies)
 
     def _sources(self, scene: Scene) -> dict[tuple[int, ...], list[int]]:
         """Which of the scene's tokens the words behind a name come from, by the ids that end the name.

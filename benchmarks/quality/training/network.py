@@ -5,7 +5,9 @@ The weights are those of Transformers' model; `tests/quality/test_training.py` h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,10 @@ from hybridkv_vllm import tiny_model
 from hybridkv_vllm.tiny_model import MERGE, PATCH, TEMPORAL_PATCH
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, FEED_FORWARD = 256, 4, 4, 2, 64, 384
-# The layer whose first head is shown, at the beginning, which domino to look at.
-POINTING_LAYER = 2
+# The layer of which, at the beginning, one head is shown which domino to look at and one what to count.
+POINTING_LAYER, LOOKUP_HEAD, TALLY_HEAD = 2, 0, 2
+# A head that counts gives the first token so much weight and each thing counted 1: its output tells how many.
+TALLY_SINK = 2
 VISION_HIDDEN, VISION_HEADS = 128, 2
 # Faster and more frequencies for time than the real model's: a shallow network finds neighbours by them.
 ROPE_THETA = 10_000.0
@@ -124,6 +128,27 @@ def _pointing(query: Tensor, key: Tensor, mask: Tensor, lookups: Tensor) -> Tens
     return scores[asked].log_softmax(-1).gather(-1, lookups[asked].unsqueeze(-1)).squeeze(-1)
 
 
+def _tallying(query: Tensor, key: Tensor, mask: Tensor, tallies: Sequence[Tally]) -> Tensor:
+    """Log-probabilities `[M]` of the first token and of the tokens to count, weighted as they should be."""
+    found = []
+    for row, place, counted in tallies:
+        scores = (
+            (key[row] @ query[row, place] * HEAD_SIZE**-0.5).float().masked_fill(~mask[place], -torch.inf)
+        )
+        chances = scores.log_softmax(-1)
+        told = TALLY_SINK * chances[0] + chances[counted].sum()
+        found.append(told / (TALLY_SINK + len(counted)))
+    return torch.stack(found)
+
+
+class Tally(NamedTuple):
+    """Where a number is said: scene, place among its Q * N asked tokens, and the scene's tokens to count."""
+
+    row: int
+    place: int
+    counted: list[int]
+
+
 @dataclass(frozen=True)
 class Batch:
     """B scenes of T tokens, each with Q questions (with their answers) of N tokens.
@@ -135,6 +160,7 @@ class Batch:
         targets: `[B, Q, N]` the next token where it is part of an answer, else -100.
         tasks: `[B][Q]` the questions' tasks.
         lookups: `[B, Q, N]` the scene's token that holds what comes next, where that is a domino, else -1.
+        tallies: the places where a number is said.
     """
 
     context: Tensor
@@ -143,6 +169,7 @@ class Batch:
     targets: Tensor
     tasks: list[list[str]]
     lookups: Tensor | None = None
+    tallies: Sequence[Tally] = ()
 
 
 def answer_logits(
@@ -151,7 +178,8 @@ def answer_logits(
     """Logits of the places of `batch.targets` that are not -100, in their order: `[M, vocabulary]`.
 
     Args:
-        found: takes the log-probability with which the pointing head attends to each of `batch.lookups`.
+        found: takes the log-probabilities with which the shown heads attend to each of `batch.lookups` and
+            to each of `batch.tallies`.
     """
     language = model.model.language_model
     _, per_scene, width = batch.questions.shape
@@ -173,8 +201,13 @@ def answer_logits(
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         group = HEADS // KV_HEADS
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        if found is not None and number == POINTING_LAYER and batch.lookups is not None:
-            found.append(_pointing(query[:, 0, scene:], key[:, 0], mask, batch.lookups.flatten(1)))
+        if found is not None and number == POINTING_LAYER:
+            if batch.lookups is not None:
+                asking, asked_of = query[:, LOOKUP_HEAD, scene:], key[:, LOOKUP_HEAD]
+                found.append(_pointing(asking, asked_of, mask, batch.lookups.flatten(1)))
+            if batch.tallies:
+                asking, asked_of = query[:, TALLY_HEAD, scene:], key[:, TALLY_HEAD]
+                found.append(_tallying(asking, asked_of, mask, batch.tallies))
         mixed = F.scaled_dot_product_attention(query[:, :, scene:], key, value, attn_mask=mask)
         if number < len(language.layers) - 1:
             own = F.scaled_dot_product_attention(

@@ -52,8 +52,8 @@ WEIGHTS = {
     "picture_needle": 0.6,
     "video": 0.6,
 }
-# So long, one head is shown which domino to look at; left to itself it finds out too, but in hours.
-POINTING_STEPS, POINTING_WEIGHT = 6000, 0.5
+# So long, heads are shown which dominoes to look at; left to themselves they find out too, but in hours.
+POINTING_STEPS, POINTING_WEIGHT = 10_000, 0.5
 # Share of the scenes, where they are small enough, in which all names have one colour.
 ONE_COLOUR = 0.25
 VISION_STEPS, VISION_BATCH, VISION_CLUTTER = 1000, 224, 32
@@ -206,8 +206,9 @@ class Training:
         wanted = batch.targets[batch.targets != -100]
         loss = F.cross_entropy(logits, wanted)
         self._losses.append(loss.item())
-        if found and found[0].numel():
-            loss = loss - POINTING_WEIGHT * found[0].mean()
+        for shown in found:
+            if shown.numel():
+                loss = loss - POINTING_WEIGHT * shown.mean()
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:

@@ -65,7 +65,8 @@ def _sketch_logits(
         around = (queries @ centre[:, :, None]).expand(-1, -1, chunks * PAGE)
     else:
         around = queries @ rope.rotate(centre[:, None], positions).transpose(1, 2)
-    return around + (rotated @ levels.transpose(1, 2)) * scales[:, None]
+    around = around.masked_fill(scales[:, None] > 0, 0)
+    return around + (rotated @ levels.transpose(1, 2)) * scales[:, None].abs()
 
 
 def _bound_logits(queries: Tensor, pool: Tensor, pages: Tensor, chunks: int, landmarks: Landmarks) -> Tensor:

@@ -230,7 +230,8 @@ def sketch_kernel(
             plane = code.to(tl.float32).to(pool.dtype.element_ty)
             product += dot_wide(plane, part, PRECISION, WIDEN, SPLIT)
             query_sum += tl.sum(part, axis=1)
-        logits = scale[:, None] * (2.0 * product - (2**BITS - 1) * query_sum[None, :]) + constant[None, :]
+        logits = tl.abs(scale)[:, None] * (2.0 * product - (2**BITS - 1) * query_sum[None, :])
+        around = tl.broadcast_to(constant[None, :], (TILE_CHUNKS * PAGE, GROUP_PAD))
         if ROPE:
             for start in tl.static_range(0, ROTARY // 2, PAIRS):
                 pair = start + tl.arange(0, PAIRS)
@@ -251,10 +252,11 @@ def sketch_kernel(
                 angle = cos_sin + (position * ROTARY + pair[None, :])
                 wave = in_group[:, None] & in_pair[None, :]
                 cosine = tl.load(weights + pair[None, :], mask=wave, other=0.0)
-                logits += dot_wide(tl.load(angle, mask=both, other=0.0), cosine, PRECISION, WIDEN, SPLIT)
+                around += dot_wide(tl.load(angle, mask=both, other=0.0), cosine, PRECISION, WIDEN, SPLIT)
                 sine = tl.load(weights + ROTARY // 2 + pair[None, :], mask=wave, other=0.0)
                 angle += ROTARY // 2
-                logits += dot_wide(tl.load(angle, mask=both, other=0.0), sine, PRECISION, WIDEN, SPLIT)
+                around += dot_wide(tl.load(angle, mask=both, other=0.0), sine, PRECISION, WIDEN, SPLIT)
+        logits += tl.where(scale < 0, 1.0, 0.0)[:, None] * around
         by_chunk = tl.reshape(logits, (TILE_CHUNKS, PAGE, GROUP_PAD))
         best = tl.max(by_chunk, axis=1)
         total = tl.sum(tl.exp2(by_chunk - best[:, None, :]), axis=1)
@@ -382,8 +384,8 @@ def sketch_options(
     full = dtype == torch.float32
     # The pairs of larger heads in parts: operands of a dot fill the registers.
     pairs = min(max(next_power_of_2(layout.head_size // 2), 16), 64)
-    # A second bit plane of small or large heads spills, but not in smaller tiles.
-    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8 // layout.sketch_bits)
+    # A second bit plane of small or large heads spills, and so do fp32 operands, but not in smaller tiles.
+    tile_chunks = min(TILE_ANGLES // (pairs * PAGE), 8 // layout.sketch_bits, 4 if full else 8)
     if layout.head_size > 128:
         tile_chunks //= layout.sketch_bits
     constexprs = {

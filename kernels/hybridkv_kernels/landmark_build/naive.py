@@ -8,7 +8,8 @@ from ..recall.landmarks import Landmarks
 from ..recall.layout import LandmarkLayout
 from ..recall.reading import arena_pages
 
-FP16_MAX = 65504.0
+# A scale is never zero: its sign says what the sketch is taken around.
+LEAST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0
 
 
 def write_positions(
@@ -78,7 +79,9 @@ def _describe(
     rope = landmarks.rope
     centre = (tokens if rope is None else rope.unrotate(tokens, positions)).mean(0)
     around = centre[None] if rope is None else rope.rotate(centre[None], positions)
-    rest = (tokens - around) @ landmarks.rotation
+    rest = tokens - around
+    centred = rest.square().sum(-1) < tokens.square().sum(-1)
+    rest = torch.where(centred[:, None], rest, tokens) @ landmarks.rotation
     size = rest.abs()
     positive = rest > 0
     if landmarks.layout.sketch_bits == 1:
@@ -90,12 +93,14 @@ def _describe(
         bits = torch.stack((positive, larger == positive), dim=1)
         product = (size * (1 + 2 * larger)).sum(-1)
     scale = (rest * rest).sum(-1) / product.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale.clamp(LEAST_SCALE, LARGEST_SCALE)
+    scale = torch.where(centred, -scale, scale).half()
     # The high bits, then the low ones, of each D/8 bytes. Dimension d is bit d // (D/8) of byte d % (D/8): a
     # bit plane is then a run of dimensions.
     planes = bits.unflatten(-1, (8, -1))
     weights = (1 << torch.arange(8, device=keys.device))[:, None]
     packed = (planes * weights).sum(-2).to(torch.uint8)
-    return packed.view(len(keys), -1), scale.clamp(max=FP16_MAX).half().view(len(keys), PAGE), centre
+    return packed.view(len(keys), -1), scale.view(len(keys), PAGE), centre
 
 
 def _fill(raw: Tensor, layout: LandmarkLayout, offset: int, values: Tensor) -> None:

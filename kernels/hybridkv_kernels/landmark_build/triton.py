@@ -12,7 +12,7 @@ from ..pages import PAGE
 from ..recall.landmarks import Landmarks, Rope
 from ..recall.layout import LandmarkLayout
 from ..recall.paging import arena_page
-from .naive import FP16_MAX
+from .naive import LARGEST_SCALE, LEAST_SCALE
 
 RopeConstants = tuple[tuple[str, Any], ...]
 
@@ -159,6 +159,7 @@ def landmark_kernel(
     DATA_BYTES: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     SLOT_OFFSET: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
     LARGEST_SCALE: tl.constexpr,
     ROPE: tl.constexpr,
     NEOX: tl.constexpr,
@@ -211,7 +212,10 @@ def landmark_kernel(
             both = live[:, None] & turned[None, :]
             cos, sin = token_angles(cos_sin, axis, positions, token, frequency, both, tokens, AXES, ROTARY)
             around = around * tl.where(both, cos, 1.0) + other * sin
-        rest = tl.where(mask, key.to(tl.float32) - around, 0.0)
+        whole = key.to(tl.float32)
+        rest = tl.where(mask, whole - around, 0.0)
+        centred = tl.sum(rest * rest, axis=1) < tl.sum(whole * whole, axis=1)
+        rest = tl.where(centred[:, None], rest, whole)
         column = tl.arange(0, PLANE_PAD)
         in_plane = column < HEAD_SIZE // 8
         packed = tl.zeros((TILE_CHUNKS * PAGE, PLANE_PAD), tl.int32)
@@ -240,7 +244,8 @@ def landmark_kernel(
                 packed += tl.where(larger == (plane > 0), 1 << bit, 0)
                 product += tl.sum(tl.where(larger, 2.0 * tl.abs(plane), 0.0), axis=1)
             tl.store(to_byte + HEAD_SIZE // 8, packed.to(tl.uint8), mask=stored)
-        scale = tl.minimum(squares / tl.maximum(product, 1e-38), LARGEST_SCALE)
+        scale = tl.minimum(tl.maximum(squares / tl.maximum(product, 1e-38), LEAST_SCALE), LARGEST_SCALE)
+        scale = tl.where(centred, -scale, scale)
         scales = (to + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
         tl.store(scales + (token_place % PLACES) * PAGE + token % PAGE, scale.to(tl.float16), mask=live)
     else:
@@ -303,7 +308,8 @@ def launch_options(
         "DATA_BYTES": layout.data_bytes,
         "SCALE_OFFSET": layout.scale_offset,
         "SLOT_OFFSET": layout.slot_offset,
-        "LARGEST_SCALE": FP16_MAX,
+        "LEAST_SCALE": LEAST_SCALE,
+        "LARGEST_SCALE": LARGEST_SCALE,
         # 16 KiB of rests in fp32, at most: they and the angles are in registers.
         "TILE_CHUNKS": max(min(4096 // (head_pad * PAGE), 4), 1),
         # On which side of a limit a product near it falls does not matter.
