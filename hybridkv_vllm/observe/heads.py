@@ -127,7 +127,7 @@ class Head(BaseModel):
     type: Literal["static", "dynamic"] = Field(description="The classifier's verdict.")
     recalled: bool = Field(
         description="Whether the head recalls chunks while decoding. A dynamic head that is not recalled was "
-        "pruned like a static one: its chunks found no room in the host tier, its landmarks and hot slots "
+        "pruned by votes: its chunks found no room in the host tier, its landmarks and hot slots "
         "did not fit its budget, or there is no dynamic tier."
     )
     pages: int = Field(description="Pages of the request's arena that are the head's.")

@@ -196,8 +196,40 @@ def test_two_bits_estimate_better_than_one(device: torch.device) -> None:
         assert errors[1] <= 0.6 * errors[0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SKETCHES)
+def test_a_key_far_from_the_centre_is_taken_as_it_is(
+    kind: LandmarkKind, backend: Backend, device: torch.device
+) -> None:
+    """Most keys share a large bias, as clutter does; what is asked for has none, and keeps its own size."""
+    biased, plain = 60, 4
+    keys = torch.randn(1, 1, biased + plain, 64)
+    keys[..., :biased, :] += 6 * torch.randn(64)
+    keys = keys.repeat_interleave(PAGE, dim=2)
+    query = torch.randn(1, 1, 64, device=device)
+    case = recall_case(
+        [(biased + plain) * PAGE], [[[True]]], kind, 64, torch.float32, device, keys=[keys], backend=backend
+    )
+    slot, length = torch.tensor([[0], [(biased + plain) * PAGE + 1]], dtype=torch.int32, device=device)
+    work = case.work(1, 1)
+    score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
+    chunk_score(*score, backend=backend)
+    layout = case.landmarks.layout
+    pages = landmark_pages(0, 0, torch.tensor([0], device=device), biased + plain, case.decode, layout)
+    raw = field(case.pool, pages, layout, layout.scale_offset, layout.scale_bytes)[:, layout.reserved :]
+    scales = raw[:, : biased + plain].contiguous().view(torch.float16)[0, :, 0]
+    assert (scales[:biased] < 0).all()
+    assert (scales[biased:] > 0).all()
+    chunks = case.keys[0][0, 0, ::PAGE]
+    exact = (chunks @ query[0, 0] + math.log(PAGE)) / math.log(2)
+    error = (work.log_weight[0, 0, : biased + plain] - exact).abs()
+    # A product's error goes with the size of what was sketched, not with the bias: 6 times as large.
+    noise = query.norm() * chunks[biased:].norm(dim=-1).max() / 8 / math.log(2)
+    assert error.max() < 4 * noise
+
+
 def test_a_key_that_is_the_centre_has_no_sketch(device: torch.device) -> None:
-    """Its rest is zero: the scale is zero too, and the score the query's product with the centre."""
+    """Its rest is zero, and the scale next to it: the score is the query's product with the centre."""
     keys = torch.randn(64).expand(1, 1, 2 * PAGE, 64).bfloat16().float().contiguous()
     query = torch.randn(1, 1, 64, device=device)
     for kind, backend in itertools.product(SKETCHES, BACKENDS):

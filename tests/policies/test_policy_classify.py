@@ -10,7 +10,7 @@ import torch
 from policy_cases import CASES, causal, random_scores, scores_of
 from torch import Tensor
 
-from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PolicyOptions, PromptScores, get_policy
+from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PROFILE, PolicyOptions, PromptScores, get_policy
 from hybridkv_vllm.policies.classify import classify
 
 LAYERS, HEADS, GROUP, WINDOW, TOKENS = 2, 3, 2, 5, 43
@@ -129,6 +129,23 @@ def test_quest_calls_every_head_dynamic_and_reports_the_figure(classifier: str) 
     assert verdict.dynamic.all()
     assert torch.equal(verdict.figure, usual.figure)
     assert torch.equal(verdict.sparsity, usual.sparsity)
+
+
+def test_a_profile_takes_the_classifiers_place() -> None:
+    scores = CASES["long"]
+    layers, heads = scores.mass.shape[:2]
+    profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(2))
+    options = PolicyOptions(classifier=PROFILE, theta=0.5, profile=profile)
+    verdict = get_policy("hybridkv").classify(scores, options)
+    assert torch.equal(verdict.figure, profile)
+    assert torch.equal(verdict.dynamic, profile < 0.5)
+    assert torch.equal(verdict.sparsity, classify(scores, PolicyOptions()).sparsity)
+    assert get_policy("hybridkv").may_recall(False, options)
+    # A method that defines its classifier keeps it.
+    papers = get_policy("hybridkv-paper").classify(scores, options)
+    assert torch.equal(papers.figure, papers.sparsity)
+    with pytest.raises(ValueError, match="unknown classifier 'profile'"):
+        classify(scores, PolicyOptions(classifier=PROFILE))
 
 
 def test_a_prompt_of_text_alone_has_no_head_that_recalls_by_its_text_mass() -> None:

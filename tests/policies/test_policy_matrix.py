@@ -54,12 +54,12 @@ def pooled(scores: PromptScores, layer: int, head: int) -> list[float]:
     return [max(mass[max(low, i - 3) : min(high, i + 4)]) for i, (low, high) in enumerate(ends)]
 
 
-def ranked(policy: str, scores: PromptScores, layer: int, head: int, length: int) -> list[int]:
+def ranked(policy: str, scores: PromptScores, dynamic: bool, layer: int, head: int, length: int) -> list[int]:
     """Token positions, the first to be kept first; `length` are going to be."""
     positions = range(scores.compressible)
     if policy == "streamingllm":
         return [*positions[:4], *reversed(positions[4:])]
-    text_prior = policy in ("full", "hybridkv", "hybridkv-paper", "lookm")
+    text_prior = policy in ("full", "lookm") or (policy.startswith("hybridkv") and not dynamic)
     if policy == "lookm":
         score, recent = scores.mass[layer, head].tolist(), scores.compressible - length // 2
     else:
@@ -212,7 +212,8 @@ def check(
             assert hot >= 1
             assert kept == [PAGE * chunk + token for chunk in chunks for token in range(PAGE)]
         else:
-            assert kept == sorted(ranked(policy, scores, layer, head, length)[:length])
+            dynamic = bool(selection.dynamic[layer, head])
+            assert kept == sorted(ranked(policy, scores, dynamic, layer, head, length)[:length])
         assert dest[layer, head][kept].tolist() == list(range(length))
     assert (dest[~selection.keep] == -1).all()
 
@@ -382,13 +383,25 @@ def test_text_comes_before_visual_and_snapkv_makes_no_difference() -> None:
     scores = CASES["long"]
     text = ~scores.is_visual[: scores.compressible]
     pages = scores.heads * 9
-    hybrid = choose("hybridkv", scores, pages, PolicyOptions())
+    hybrid = choose("hybridkv", scores, pages, PolicyOptions(theta=0.0))
     snap = choose("snapkv", scores, pages, PolicyOptions())
     roomy = hybrid.lengths >= int(text.sum())
     assert roomy.any()
     assert hybrid.keep[roomy][:, text].all()
     assert not (hybrid.keep & ~text)[~roomy].any()
     assert not snap.keep[..., text].all()
+
+
+def test_a_dynamic_head_that_cannot_recall_is_pruned_by_votes() -> None:
+    scores = CASES["long"]
+    pages = scores.heads * 9
+    even = PolicyOptions(classifier="sparsity", theta=1.0, static_weight="even")
+    dynamic = choose("hybridkv", scores, pages, even)
+    assert dynamic.dynamic.all()
+    assert not dynamic.recalled.any()
+    snap = choose("snapkv", scores, pages, PolicyOptions())
+    assert torch.equal(dynamic.lengths, snap.lengths)
+    assert torch.equal(dynamic.keep, snap.keep)
 
 
 @pytest.mark.parametrize("scale", [2.0**-1, 2.0**-60, 2.0**-120])

@@ -31,7 +31,7 @@ def even_mass(layers: int, heads: int, pages: int) -> Tensor:
 def test_every_name_is_a_server_option(policy: str) -> None:
     options = parse_server_options({"policy": policy})
     assert options.policy == policy
-    assert options.landmark_kind == {"hybridkv-paper": "mean", "quest": "minmax"}.get(policy, "sketch")
+    assert options.landmark_kind == {"hybridkv-paper": "mean", "quest": "minmax"}.get(policy, "sketch2")
     assert options.classifier_name == ("sparsity" if policy == "hybridkv-paper" else "text_mass")
 
 

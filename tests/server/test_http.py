@@ -47,7 +47,7 @@ WINDOW = 64
 # Tokens up to the photograph's end, whatever is asked about it: the template's and its own.
 PICTURE_END = 28 + 18 * 21
 # Landmarks of the default kind in fp32, with the model's three position axes.
-LANDMARKS = LandmarkLayout("sketch", HEAD_SIZE, 4, 3)
+LANDMARKS = LandmarkLayout("sketch2", HEAD_SIZE, 4, 3)
 ARGUMENTS = (
     "--attention-backend",
     "hybridkv",

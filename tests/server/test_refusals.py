@@ -20,6 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from hybridkv_vllm import startup
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
+from hybridkv_vllm.profile import HeadProfile
 from hybridkv_vllm.startup import ASYNC_SCHEDULER, SYNC_SCHEDULER
 
 SMALL = {
@@ -224,6 +225,17 @@ def test_a_host_pool_larger_than_the_machine(tiny_model: Path) -> None:
     engine_config(tiny_model, {"host_pool_gib": 1_000_000, "dynamic_tier": "gpu"})
     with pytest.raises(HybridKVConfigError, match="for each of 2 ranks is more than"):
         engine_config(tiny_model, {"host_pool_gib": 1_000_000}, tensor_parallel_size=2)
+
+
+def test_a_profile_of_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(
+        HeadProfile(
+            model="another", tasks=["chain"], tokens=1, prompts=1, share=0.1, moving=[[0.0]]
+        ).model_dump_json()
+    )
+    assert "with 1 layers of 1 KV heads, but this model has" in refusal(tiny_model, {"profile": str(file)})
+    assert "cannot be read" in refusal(tiny_model, {"profile": str(tmp_path / "none.json")})
 
 
 def test_an_unknown_policy(tiny_model: Path) -> None:

@@ -29,6 +29,8 @@ from vocabulary import build_tokenizer
 
 # How long scenes are at each level of the curriculum, in tokens.
 LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+# Longer scenes come the less often.
+OFTEN = 768
 # A level is left when this share of the whole answers about boards is right, over its last batches.
 MASTERED, BATCHES_TO_MASTER = 0.93, 12
 # High rates until copying and looking up have formed, above all for biases (heads for neighbours need large
@@ -52,6 +54,9 @@ WEIGHTS = {
     "picture_needle": 0.6,
     "video": 0.6,
 }
+# Once its head looks at what it has to count, some steps practise counting alone, in scenes of so many
+# tokens: reading off how many takes more examples than anything else.
+COUNTING_FROM, COUNTING_CHANCE, COUNTING_TOKENS = 7000, 0.3, (64, 96, 128, 192, 256, 384, 512)
 # So long, heads are shown which dominoes to look at; left to themselves they find out too, but in hours.
 POINTING_STEPS, POINTING_WEIGHT = 10_000, 0.5
 # Share of the scenes, where they are small enough, in which all names have one colour.
@@ -101,7 +106,7 @@ def learn_to_see(
 class Curriculum:
     """Chooses each step's scenes: each kind grows longer on its own, whenever its length is mastered.
 
-    Half of the scenes are of the highest level that their kind has reached, the others of any below.
+    The highest level that a kind has reached comes most often, but long scenes, which take long, seldom.
     """
 
     def __init__(self, seed: int, levels: Mapping[Kind, int] | None = None) -> None:
@@ -122,10 +127,10 @@ class Curriculum:
 
     def tokens(self, kind: Kind) -> int:
         """Length of the next scenes."""
-        level = self.levels[kind]
-        if self.rng.random() < 0.5:
-            return LEVELS[level]
-        return LEVELS[int(self.rng.integers(max(0, level - 5), level + 1))]
+        reached = LEVELS[max(0, self.levels[kind] - 8) : self.levels[kind] + 1]
+        chances = np.array([1.0] * (len(reached) - 1) + [max(2.0, len(reached) - 2.0)])
+        chances *= np.minimum(1, OFTEN / np.array(reached))
+        return int(self.rng.choice(reached, p=chances / chances.sum()))
 
     def note(self, kind: Kind, tokens: int, right: float) -> None:
         """Takes in the share of whole answers right; moves up where the level is mastered."""
@@ -198,7 +203,7 @@ class Training:
             spent: share of the time that has gone.
         """
         self._set_rates(number, spent)
-        kind, tokens, batch = self._draw()
+        kind, tokens, batch = self._draw(number)
         found: list[Tensor] = []
         # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
         with torch.autocast("cpu", torch.bfloat16):
@@ -222,16 +227,21 @@ class Training:
         weights, biases = self.optimizer.param_groups
         weights["lr"], biases["lr"] = rate * settling, rate * settling * boost
 
-    def _draw(self) -> tuple[Kind | None, int, Batch]:
-        """The next batch, with its scenes' kind (None for copies) and length."""
+    def _draw(self, number: int) -> tuple[Kind | None, int, Batch]:
+        """The batch of a step, with its scenes' kind (None for copies) and length."""
         if self.curriculum.copies():
             return None, 0, self._batches.draw_copies(COPIES)
-        kind = self.curriculum.kind()
-        tokens = self.curriculum.tokens(kind)
+        weights: Mapping[str, float] = WEIGHTS
+        if number >= COUNTING_FROM and self.curriculum.rng.random() < COUNTING_CHANCE:
+            kind, weights = "gallery", {"count": 1.0}
+            tokens = int(self.curriculum.rng.choice(COUNTING_TOKENS))
+        else:
+            kind = self.curriculum.kind()
+            tokens = self.curriculum.tokens(kind)
         questions = 8 if tokens < 512 else 16
         scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
         shape = self.curriculum.shape(kind, tokens)
-        return kind, tokens, self._batches.draw(shape, scenes, questions, WEIGHTS)
+        return kind, tokens, self._batches.draw(shape, scenes, questions, weights)
 
     def _note(self, kind: Kind | None, tokens: int, batch: Batch, hits: Tensor) -> None:
         """Takes in which words were right."""
