@@ -72,7 +72,7 @@ def ablations() -> Iterator[tuple[str, dict[str, str]]]:
         yield f"theta-{theta}", {"theta": theta}
     for share in ("0.0", "0.2", "0.7"):
         yield f"r-{share}", {"dynamic_share": share}
-    for landmark in ("sketch2", "mean", "minmax"):
+    for landmark in ("sketch", "mean", "minmax"):
         yield f"landmark-{landmark}", {"landmark": landmark}
     for interval in ("2", "4"):
         yield f"interval-{interval}", {"recall_interval": interval}

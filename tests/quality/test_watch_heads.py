@@ -37,7 +37,7 @@ def test_a_chain_moves_and_a_recall_does_not(model: tuple[Any, Any]) -> None:
     # Later names of a chain were not asked for; what a recall needs, the question has looked at.
     looks_up = 2, 0  # The head that training showed where to look.
     assert chain.moving[looks_up] > 0.2
-    assert chain.moving[looks_up] > 2 * recall.moving[looks_up]
+    assert chain.moving[looks_up] > recall.moving[looks_up] + 0.05
     assert chain.overlap[looks_up] < 0.5
 
 
