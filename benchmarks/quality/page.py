@@ -15,7 +15,9 @@ from hybridkv_quality.plots import accuracy_by_hop, accuracy_by_memory, accuracy
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
 from hybridkv_quality.tasks import suite_samples
-from sweep import RESULTS
+from sweep import PROFILE, RESULTS
+
+from hybridkv_vllm.profile import HeadProfile
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 OURS = "hybridkv"
@@ -29,8 +31,9 @@ Rows = Sequence[Sequence[str]]
 
 
 def read_results(folder: Path) -> dict[str, Results]:
-    """All results by name, but for those of heads."""
-    files = sorted(file for file in folder.glob("*.json") if file.stem not in ("heads", "curve"))
+    """All results of evaluations by name."""
+    others = ("heads", "curve", PROFILE.stem)
+    files = sorted(file for file in folder.glob("*.json") if file.stem not in others)
     return {file.stem: Results.model_validate_json(file.read_text()) for file in files}
 
 
@@ -54,7 +57,9 @@ def write_page(folder: Path, page: Path) -> None:
     parts = [*_head(main), *_main(main), *_tasks(main), *_lengths(results), *_ablations(results)]
     heads = folder / "heads.json"
     if heads.exists():
-        parts += _heads(json.loads(heads.read_text()))
+        profile = folder / PROFILE.name
+        calibrated = HeadProfile.model_validate_json(profile.read_bytes()) if profile.exists() else None
+        parts += _heads(json.loads(heads.read_text()), calibrated)
     parts += _training(folder / "curve.json")
     page.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -255,7 +260,7 @@ def _ablations(results: Mapping[str, Results]) -> Iterator[str]:
     yield from _table(header, rows)
 
 
-def _heads(report: Mapping[str, Any]) -> Iterator[str]:
+def _heads(report: Mapping[str, Any], profile: HeadProfile | None) -> Iterator[str]:
     yield "## What heads really did"
     yield ""
     yield (
@@ -267,14 +272,19 @@ def _heads(report: Mapping[str, Any]) -> Iterator[str]:
         "suffers), or another head dynamic (memory does)."
     )
     yield ""
-    figures = next(iter(report["tasks"].values()))["figures"]
+    names = list(next(iter(report["tasks"].values()))["figures"])
+    calibrated: dict[str, Any] = {}
+    if profile is not None:
+        layers, heads = profile.shape
+        calibrated[PROFILE.stem] = profile.figures(range(layers), range(heads))
     theta = 0.9
     rows = []
-    for name in figures:
+    for name in [*names, *calibrated]:
         missed = wasted = moving = still = 0
         for task in report["tasks"].values():
+            judged = calibrated[name] if name in calibrated else task["figures"][name]
             for pruned, best, figure in zip(
-                _flat(task["pruned"]), _flat(task["best"]), _flat(task["figures"][name]), strict=True
+                _flat(task["pruned"]), _flat(task["best"]), _flat(judged), strict=True
             ):
                 must = pruned - best > MUST_RECALL
                 moving += must

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality"
+# What `hybridkv calibrate` says of the small model's heads.
+PROFILE = RESULTS / "profile.json"
 RIVALS = "hybridkv-paper,snapkv,adakv,pyramidkv,lookm,sparsemm,streamingllm,quest"
 # Tasks whose later steps need other tokens than the question does, and one of each other kind of scene.
 TELLING = "chain,multi_recall,second_question,picture_needle,video"
@@ -76,6 +78,7 @@ def ablations() -> Iterator[tuple[str, dict[str, str]]]:
         yield f"landmark-{landmark}", {"landmark": landmark}
     for interval in ("2", "4"):
         yield f"interval-{interval}", {"recall_interval": interval}
+    yield "profile", {"profile": str(PROFILE)}
 
 
 def main() -> int:
@@ -91,6 +94,10 @@ def main() -> int:
         parser.error(f"unknown run; known: {', '.join(run.name for run in runs())}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = str(Path(sys.executable).with_name("hybridkv"))
+    if any("profile" in run.options for run in chosen):
+        code = subprocess.run([command, "calibrate", "--out", str(PROFILE)], check=False).returncode
+        if code:
+            return code
     for run in chosen:
         print(f"== {run.name}", flush=True)
         code = subprocess.run([command, "eval", *run.arguments(args.work)], check=False).returncode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from hybridkv_quality.intervals import wilson
 from hybridkv_quality.report import ConditionResult, Results
 from hybridkv_quality.settings import FULL
+
+from hybridkv_vllm.profile import HeadProfile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
@@ -67,3 +70,21 @@ def test_a_page_says_what_the_results_say(tmp_path: Path) -> None:
         "tasks_at_0.1",
         "chain_by_word",
     }
+
+
+def test_the_page_counts_where_classifiers_are_wrong(tmp_path: Path) -> None:
+    """Of two heads the first moves: `text_mass` is wrong about both, the profile about none."""
+    chain = {"pruned": [[0.5, 0.0]], "best": [[0.1, 0.0]], "overlap": [[0.2, 0.9]]}
+    task = {**chain, "figures": {"text_mass": [[0.95, 0.5]]}}
+    report = {"share": 0.1, "tokens": 512, "contexts": 1, "tasks": {"chain": task}}
+    (tmp_path / "heads.json").write_text(json.dumps(report))
+    profile = HeadProfile(
+        model="small", tasks=["chain"], tokens=512, prompts=1, share=0.1, moving=[[0.4, 0.0]]
+    )
+    (tmp_path / "profile.json").write_text(profile.model_dump_json())
+    shutil.copy(RESULTS / "slice.json", tmp_path / "main.json")
+    write_page(tmp_path, tmp_path / "quality.md")
+    page = (tmp_path / "quality.md").read_text()
+    assert "| `text_mass` | 1 of 1 | 1 of 1 |" in page
+    assert "| `profile` | 0 of 1 | 0 of 1 |" in page
+    assert "| chain | 0.40 | 0.20 |" in page

@@ -167,7 +167,11 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=90, help="the rates fall in the last 30%% of them")
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--rate", type=float, default=RATE, help="of learning, once looking up has formed")
+    parser.add_argument(
+        "--settling", type=float, default=0.3, help="last share of the time, in which rates fall"
+    )
     parser.add_argument("--steps", type=int, help="stop there, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -185,6 +189,8 @@ class Training:
         curriculum: Curriculum,
         curve: list[dict[str, Any]],
         first: int,
+        rate: float,
+        settling: float,
     ) -> None:
         self.model = model
         self.curve = curve
@@ -192,6 +198,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.98))
         self._batches = batches
         self._first = first
+        self._rate = rate
+        self._settling = settling
         self._right: dict[str, list[float]] = {name: [] for name in (*TASKS, "copy")}
         self._losses: list[float] = []
 
@@ -222,8 +230,9 @@ class Training:
         self._note(kind, tokens, batch, logits.argmax(-1) == wanted)
 
     def _set_rates(self, number: int, spent: float) -> None:
-        settling = min(1.0, (number - self._first + 1) / WARMUP) * min(1.0, (1 - spent) / 0.3 + 0.02)
-        rate, boost = (FORMING_RATE, FORMING_BOOST) if number <= FORMING_STEPS else (RATE, BOOST)
+        settling = min(1.0, (number - self._first + 1) / WARMUP)
+        settling *= min(1.0, (1 - spent) / self._settling + 0.02)
+        rate, boost = (FORMING_RATE, FORMING_BOOST) if number <= FORMING_STEPS else (self._rate, BOOST)
         weights, biases = self.optimizer.param_groups
         weights["lr"], biases["lr"] = rate * settling, rate * settling * boost
 
@@ -307,7 +316,7 @@ def main() -> None:
     first = int(curve[-1].get("step", 0)) + 1
     batches = Batches(model, tokenizer, drawings, args.seed + first)
     curriculum = Curriculum(args.seed + first, state["levels"] if state else None)
-    training = Training(model, batches, curriculum, curve, first)
+    training = Training(model, batches, curriculum, curve, first, args.rate, args.settling)
     if state is not None:
         training.optimizer.load_state_dict(state["optimizer"])
     began = time.monotonic()
