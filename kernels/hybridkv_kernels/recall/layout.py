@@ -19,9 +19,10 @@ class LandmarkLayout:
 
     A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
     (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, negative where the centre was
-    subtracted from the key, then the chunk's hot slot as int32 (-1 where it is not hot). A sketch's data is, token by token, the high bits of all dimensions, then
-    for two bits the low ones. Chunk c is at place `reserved + c` of the head's pages; the data of the
-    reserved places of the first page holds the centre, D fp32.
+    subtracted from the key, then the chunk's hot slot as int32 (-1 where it is not hot). A sketch's data is,
+    token by token, the high bits of all dimensions, then for two bits the low ones. Chunk c is at place
+    `reserved + c` of the head's pages; the data of the reserved places of the first page holds the centre,
+    D fp32.
 
     The positions of the prompt's tokens, int32, serve all heads and fill the arena's first logical pages,
     where they are not simply the tokens' indices: of each chunk 16 for each axis, whole chunks to a page.
