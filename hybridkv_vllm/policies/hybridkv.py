@@ -26,7 +26,8 @@ class HybridKV(Policy):
     Static heads are pruned for good. Dynamic heads whose chunks found room in a tier, as many as the arena
     holds and the most dynamic first, share the type-level budget of dynamic heads, landmarks included, and
     start with the chunks that the observation window looks at; the others are allocated as static ones and
-    pruned by votes: text first would leave a head that looks at pictures nothing of them. What is the paper's and what is our reading is said in `scoring`, `classify`, `budget` and `select`.
+    pruned by votes: text first would leave a head that looks at pictures nothing of them. What is the paper's
+    and what is our reading is said in `scoring`, `classify`, `budget` and `select`.
     """
 
     name: ClassVar[str] = "hybridkv"
