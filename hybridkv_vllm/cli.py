@@ -12,7 +12,7 @@ from hybridkv_quality import calibrate
 from hybridkv_quality import command as evaluation
 from rich.console import Console
 
-from hybridkv_vllm import __version__
+from hybridkv_vllm import __version__, sizing
 
 EXIT_OK, EXIT_PROBLEM, EXIT_USAGE = 0, 1, 2
 
@@ -38,6 +38,82 @@ def _tiny_model(args: argparse.Namespace) -> int:
         return EXIT_USAGE
     print(folder)
     return EXIT_OK
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens; `32k` is 32,768.
+
+    Raises:
+        ValueError: no number.
+    """
+    return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    try:
+        folder = Path(args.model)
+        if args.model not in sizing.MODELS and not folder.is_dir():
+            known = ", ".join(sizing.MODELS)
+            raise ValueError(f"--model {args.model} is no local folder, and none of {known}")
+        if args.gpu not in sizing.GPUS:
+            raise ValueError(f"--gpu {args.gpu} is none of {', '.join(sizing.GPUS)}")
+        shape = sizing.MODELS.get(args.model) or sizing.read_shape(folder)
+        workload = sizing.Workload(
+            context=args.context,
+            answer=args.answer,
+            budget=args.budget,
+            dynamic=args.dynamic,
+            missed=args.missed,
+            tier=args.dynamic_tier,
+            landmark=args.landmark,
+            ranks=args.tensor_parallel_size,
+            utilization=args.gpu_memory_utilization,
+            batch=args.batch,
+            host_memory=None if args.host_pool_gib is None else int(args.host_pool_gib * sizing.GIB),
+        )
+        estimate = sizing.estimate(shape, sizing.GPUS[args.gpu], workload)
+    except ValueError as error:
+        print(f"hybridkv: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if args.json:
+        print(json.dumps({**estimate.as_json(), "assumptions": sizing.ASSUMPTIONS}, indent=2))
+        return EXIT_OK
+    console = Console()
+    console.print(sizing.table(estimate))
+    console.print("Assumed: " + "; ".join(sizing.ASSUMPTIONS) + ".", soft_wrap=False)
+    return EXIT_OK
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    usual = sizing.Workload
+    plan = commands.add_parser(
+        "plan",
+        help="say what a model takes on a GPU with and without compression, from its config alone",
+        description="KV memory, requests at once, host memory and a lower limit of the time per token, "
+        "stock vLLM against HybridKV. Needs no GPU and no weights.",
+        epilog="example: hybridkv plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpu h200 --context 32k",
+    )
+    plan.add_argument(
+        "--model", required=True, help=f"folder with a config.json, or one of {', '.join(sizing.MODELS)}"
+    )
+    plan.add_argument("--gpu", required=True, help=f"one of {', '.join(sizing.GPUS)}")
+    plan.add_argument("--context", required=True, type=_tokens, help="prompt tokens of a request, as 32k")
+    plan.add_argument("--answer", type=_tokens, default=usual.answer, help="tokens of its answer")
+    plan.add_argument("--budget", type=float, default=usual.budget)
+    plan.add_argument("--dynamic", type=float, default=usual.dynamic, help="share of heads that are dynamic")
+    plan.add_argument(
+        "--missed", type=float, default=usual.missed, help="share of a step's chunks to be fetched"
+    )
+    plan.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default=usual.tier)
+    plan.add_argument("--landmark", choices=("sketch2", "sketch", "mean", "minmax"), default=usual.landmark)
+    plan.add_argument("--tensor-parallel-size", type=int, default=usual.ranks, metavar="N")
+    plan.add_argument("--gpu-memory-utilization", type=float, default=usual.utilization, metavar="SHARE")
+    plan.add_argument(
+        "--batch", type=int, help="requests decoding at once, for the times (default: all that fit)"
+    )
+    plan.add_argument("--host-pool-gib", type=float, help="host memory a rank (default: what is needed)")
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    plan.set_defaults(run=_plan)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     tiny.add_argument("--force", action="store_true", help="overwrite a folder that is not empty")
     tiny.set_defaults(run=_tiny_model)
+
+    _add_plan(commands)
 
     quality = commands.add_parser("eval", help="measure what policies and budgets cost in answers and memory")
     evaluation.add_arguments(quality)

@@ -1,0 +1,139 @@
+"""`hybridkv plan`: its bytes are the engine's, its times a lower limit that follows from bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hybridkv_vllm.cli import main
+from hybridkv_vllm.sizing import GB, GIB, GPUS, MODELS, ModelShape, Workload, estimate, read_shape
+
+SEVEN_B = MODELS["Qwen/Qwen2.5-VL-7B-Instruct"]
+LONG = Workload(context=32768, answer=128)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("3B", 3.75), ("7B", 8.29), ("32B", 33.45), ("72B", 73.4)])
+def test_shapes_have_the_parameters_of_their_models(name: str, billions: float) -> None:
+    """As Hugging Face counts the checkpoints."""
+    shape = MODELS[f"Qwen/Qwen2.5-VL-{name}-Instruct"]
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_figures_that_can_be_done_by_hand() -> None:
+    """Qwen2.5-VL-7B at 32k on an H200: 57,344 bytes a token, 58 requests, 29 ms."""
+    result = estimate(SEVEN_B, GPUS["h200"], LONG)
+    assert result.kv_bytes_per_token == 28 * 4 * 2 * 128 * 2 == 57344
+    block = 16 * 57344
+    memory = (int(0.92 * 141 * GB) - 2 * SEVEN_B.parameters - 2 * GIB) // block
+    assert result.stock.request_bytes == (2048 + 8) * block
+    assert result.stock.requests == memory // (2048 + 8) == 58
+    # A tenth of 2,048 blocks, rounded up, and 8 of the answer; one prompt is held beside all of them.
+    assert result.hybridkv.request_bytes == (205 + 8) * block
+    assert result.hybridkv.requests == (memory - 2048) // (205 + 8)
+    assert result.hybridkv.host_bytes == 2048 * block
+    step = (2 * SEVEN_B.step_parameters + 58 * (32768 + 64) * 57344) / (0.9 * 4800 * GB)
+    assert result.stock.step == pytest.approx(step)
+    assert result.stock.tokens_per_second == pytest.approx(58 / step)
+
+
+def test_what_each_choice_costs() -> None:
+    card = GPUS["h200"]
+    usual = estimate(SEVEN_B, card, LONG).hybridkv
+    pruned = estimate(SEVEN_B, card, replace(LONG, tier="off")).hybridkv
+    on_gpu = estimate(SEVEN_B, card, replace(LONG, tier="gpu"))
+    whole = estimate(SEVEN_B, card, replace(LONG, budget=1.0))
+    assert pruned.host_bytes == on_gpu.hybridkv.host_bytes == whole.hybridkv.host_bytes == 0
+    assert pruned.requests == usual.requests > on_gpu.stock.requests > on_gpu.hybridkv.requests
+    assert pruned.single < usual.single
+    assert whole.recalling == 0
+    # Fetching more takes longer, and only that.
+    missing = estimate(SEVEN_B, card, replace(LONG, missed=0.06)).hybridkv
+    assert missing.single - pruned.single == pytest.approx(2 * (usual.single - pruned.single))
+    # A host pool for ten requests, and no more.
+    pool = replace(LONG, host_memory=10 * usual.host_bytes + 1)
+    assert estimate(SEVEN_B, card, pool).hybridkv.requests == 10
+    half = estimate(SEVEN_B, card, replace(LONG, ranks=2))
+    assert half.kv_bytes_per_token == 57344 // 2
+    assert half.stock.single == pytest.approx(estimate(SEVEN_B, card, LONG).stock.single / 2)
+    batch = estimate(SEVEN_B, card, replace(LONG, batch=32))
+    assert batch.stock.batch == batch.hybridkv.batch == 32
+    assert batch.hybridkv.requests == usual.requests
+
+
+def test_small_budgets_let_some_heads_recall() -> None:
+    """As many as the worker's own rule says: 7% of landmarks do not fit in 5% for all."""
+    counts = [
+        estimate(SEVEN_B, GPUS["h200"], replace(LONG, budget=budget)).recalling
+        for budget in (0.02, 0.05, 0.1)
+    ]
+    assert 0 < counts[0] < counts[1] < counts[2] == 112
+
+
+def test_the_engine_decodes_as_many_at_once() -> None:
+    """`benchmarks/concurrency.py` counted at the engine: memory for five prompts of 512 tokens and a bit."""
+    measured = json.loads(
+        (Path(__file__).parents[1] / "benchmarks" / "results" / "concurrency.json").read_text()
+    )
+    shape = ModelShape("tiny", 2, 64, 4, 2, 64, 128, 1000)
+    settings = measured["settings"]
+    blocks = settings["prompts_in_memory"] * (settings["prompt_tokens"] + 32) // 16
+    block = 2 * 2 * shape.page_bytes()
+    card = replace(GPUS["h200"], memory=blocks * block + shape.parameters * 2)
+    work = Workload(settings["prompt_tokens"], settings["answer_tokens"], utilization=1.0, reserved=0)
+    # The engine packs rows by what they hold now: between all at the end of their answers and all at the start.
+    least, most = work, replace(work, answer=1)
+    for budget in settings["budgets"]:
+        counted = measured["decoding_at_once"][f"{budget:g}"]
+        ends = [
+            estimate(shape, card, replace(ends, budget=budget, tier="off")).hybridkv for ends in (least, most)
+        ]
+        assert ends[0].requests <= counted <= ends[1].requests
+    stock = [estimate(shape, card, ends).stock.requests for ends in (least, most)]
+    assert stock[0] <= measured["decoding_at_once"]["stock"] <= stock[1]
+
+
+def test_a_local_model_is_read_from_its_config(tiny_model: Path, tmp_path: Path) -> None:
+    shape = read_shape(tiny_model)
+    text = json.loads((tiny_model / "config.json").read_text())["text_config"]
+    assert (shape.layers, shape.kv_heads) == (text["num_hidden_layers"], text["num_key_value_heads"])
+    assert shape.head_size == 64
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="says nothing of 'num_attention_heads'"):
+        read_shape(tmp_path)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+    usual = ["plan", "--gpu", "h200", "--context", "32k", "--answer", "128"]
+    assert main([*usual, "--model", SEVEN_B.name]) == 0
+    shown = capsys.readouterr().out
+    assert "requests at once" in shown
+    assert "Assumed:" in shown
+    assert main([*usual, "--model", SEVEN_B.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stock"]["requests"] == 58
+    assert main([*usual, "--model", str(tiny_model)]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "/nowhere"], "is no local folder, and none of Qwen/"),
+        (["--model", SEVEN_B.name, "--budget", "0"], "budget must be above 0"),
+        (["--model", SEVEN_B.name, "--context", "3"], "context must be at least 16"),
+        (["--model", SEVEN_B.name, "--missed", "2"], "missed must be in [0, 1]"),
+        (["--model", SEVEN_B.name, "--batch", "0"], "batch must be at least 1"),
+        (["--model", "Qwen/Qwen2.5-VL-72B-Instruct"], "use more ranks"),
+        (["--model", SEVEN_B.name, "--gpu", "tpu"], "--gpu tpu is none of"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["plan", "--gpu", "h100", "--context", "32k"]
+    assert main([*usual, *arguments]) == 2
+    assert says in capsys.readouterr().err
