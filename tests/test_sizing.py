@@ -83,7 +83,7 @@ def test_the_engine_decodes_as_many_at_once() -> None:
     block = 2 * 2 * shape.page_bytes()
     card = replace(GPUS["h200"], memory=blocks * block + shape.parameters * 2)
     work = Workload(settings["prompt_tokens"], settings["answer_tokens"], utilization=1.0, reserved=0)
-    # The engine packs rows by what they hold now: between all at the end of their answers and all at the start.
+    # The engine packs rows by what they hold now, between their first and their last tokens.
     least, most = work, replace(work, answer=1)
     for budget in settings["budgets"]:
         counted = measured["decoding_at_once"][f"{budget:g}"]
