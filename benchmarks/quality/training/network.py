@@ -172,14 +172,21 @@ class Batch:
     tallies: Sequence[Tally] = ()
 
 
+@dataclass
+class Found:
+    """Log-probabilities with which the shown heads attend to a batch's lookups `[M]` and tallies `[M]`."""
+
+    lookups: Tensor | None = None
+    tallies: Tensor | None = None
+
+
 def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, found: list[Tensor] | None = None
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, found: Found | None = None
 ) -> Tensor:
     """Logits of the places of `batch.targets` that are not -100, in their order: `[M, vocabulary]`.
 
     Args:
-        found: takes the log-probabilities with which the shown heads attend to each of `batch.lookups` and
-            to each of `batch.tallies`.
+        found: takes what the shown heads did.
     """
     language = model.model.language_model
     _, per_scene, width = batch.questions.shape
@@ -204,10 +211,10 @@ def answer_logits(
         if found is not None and number == POINTING_LAYER:
             if batch.lookups is not None:
                 asking, asked_of = query[:, LOOKUP_HEAD, scene:], key[:, LOOKUP_HEAD]
-                found.append(_pointing(asking, asked_of, mask, batch.lookups.flatten(1)))
+                found.lookups = _pointing(asking, asked_of, mask, batch.lookups.flatten(1))
             if batch.tallies:
                 asking, asked_of = query[:, TALLY_HEAD, scene:], key[:, TALLY_HEAD]
-                found.append(_tallying(asking, asked_of, mask, batch.tallies))
+                found.tallies = _tallying(asking, asked_of, mask, batch.tallies)
         mixed = F.scaled_dot_product_attention(query[:, :, scene:], key, value, attn_mask=mask)
         if number < len(language.layers) - 1:
             own = F.scaled_dot_product_attention(

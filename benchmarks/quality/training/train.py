@@ -22,7 +22,7 @@ from export import write_folder
 from hybridkv_quality.lexicon import GLYPHS
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import ALL_NAMES, KINDS, Kind, Shape, shape_for
-from network import HIDDEN, Batch, answer_logits, build_config, build_model, see, to_patches
+from network import HIDDEN, Batch, Found, answer_logits, build_config, build_model, see, to_patches
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vocabulary import build_tokenizer
@@ -212,15 +212,15 @@ class Training:
         """
         self._set_rates(number, spent)
         kind, tokens, batch = self._draw(number)
-        found: list[Tensor] = []
+        found = Found() if number <= POINTING_STEPS else None
         # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
         with torch.autocast("cpu", torch.bfloat16):
-            logits = answer_logits(self.model, batch, found if number <= POINTING_STEPS else None).float()
+            logits = answer_logits(self.model, batch, found).float()
         wanted = batch.targets[batch.targets != -100]
         loss = F.cross_entropy(logits, wanted)
         self._losses.append(loss.item())
-        for shown in found:
-            if shown.numel():
+        for shown in (found.lookups, found.tallies) if found is not None else ():
+            if shown is not None and shown.numel():
                 loss = loss - POINTING_WEIGHT * shown.mean()
         self.optimizer.zero_grad()
         loss.backward()
