@@ -14,7 +14,7 @@ from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from rich.table import Table
 
 from hybridkv_vllm.plan import PAGE_TOKENS, Tier, ceil_pages, make_plan
-from hybridkv_vllm.policies import recall_limits
+from hybridkv_vllm.policies import PolicyOptions, recall_limits
 from hybridkv_vllm.policies.budget import allocate_pages
 
 GB, MIB, GIB = 10**9, 2**20, 2**30
@@ -22,7 +22,7 @@ GB, MIB, GIB = 10**9, 2**20, 2**30
 QUESTION = 32
 # M-RoPE's.
 POSITION_AXES = 3
-# Of the heads' budget where all are equally sparse: r does not matter then.
+# Any value will do: it is the same for all heads, so static ones share evenly.
 EVEN_SPARSITY = 0.9
 
 
@@ -32,7 +32,7 @@ class ModelShape:
 
     Attributes:
         tied: whether the output layer is the input embedding.
-        vision: parameters outside of the decoder: vision tower and merger.
+        vision: parameters outside of the decoder, vision tower and merger; 0 where they are not known.
         itemsize: bytes of a weight and of an element of the KV cache.
     """
 
@@ -98,18 +98,18 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType(
         )
     }
 )
-# Data sheets: GiB, GB/s, and PCIe as measured with pinned memory (generation 5: 55 GB/s, 4: 25).
+# GiB that the driver reports, rounded down; the data sheet's GB/s; GB/s from pinned memory over PCIe 5 or 4.
 _SHEETS = {
-    "a100-40": (40, 1555, 25),
-    "a100": (80, 2039, 25),
-    "l40s": (48, 864, 25),
-    "h100": (80, 3350, 55),
-    "h200": (141, 4800, 55),
-    "b200": (180, 8000, 55),
+    "a100-40": (39, 1555, 25),
+    "a100": (79, 2039, 25),
+    "l40s": (44, 864, 25),
+    "h100": (79, 3350, 55),
+    "h200": (139, 4800, 55),
+    "b200": (178, 8000, 55),
 }
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
-        name: Gpu(name, int(memory * GB), 0.9 * bandwidth * GB, link * GB)
+        name: Gpu(name, memory * GIB, 0.9 * bandwidth * GB, link * GB)
         for name, (memory, bandwidth, link) in _SHEETS.items()
     }
 )
@@ -218,6 +218,7 @@ class Estimate:
 ASSUMPTIONS = (
     "a decode step reads the weights and each row's KV pages once, at 0.9 of the data sheet's bandwidth; "
     "compute, launches, sampling and communication between ranks are not counted, so real steps are longer",
+    "of a local model the vision tower is not counted: its config does not tell its size",
     "chunks that have to be fetched cross the link after all else: nothing is overlapped",
     f"pictures, then a question of {QUESTION} tokens; all KV heads equally sparse",
     "bytes and requests follow from the engine's own rules for blocks, arenas and landmarks",
@@ -376,7 +377,7 @@ def _recall(shape: ModelShape, heads: int, arena_size: int, workload: Workload) 
         pages=pages,
         capacity=chunks,
         window=window,
-        dynamic_share=0.4,
+        dynamic_share=PolicyOptions().dynamic_share,
         dynamic_least=least,
     )
     return recalling, int(given[0, :recalling].sum()) - recalling * layout.pages(chunks)

@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_check_out}
 mkdir -p "$OUT"
-export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/kernels:$PWD/benchmarks/quality:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 status=0
 
 run() {
@@ -25,6 +25,7 @@ if python3 -c 'import vllm' 2>/dev/null; then
   run engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py tests/engine/test_recall.py \
     -k "not [sync] and not at_once and not two_ranks"
   run host_tier tests/worker
+  run calibrate tests/quality/test_calibrate.py tests/quality/test_watch_heads.py
   # The link to the host: gather and offload against pinned copies, and how much of an offload is hidden.
   echo "== benchmarks/host_tier.py"
   python3 benchmarks/host_tier.py 2>&1 | tee "$OUT/host_tier_benchmark.log" | tail -n 20

@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 
 from hybridkv_quality.model_path import model_folder
-from hybridkv_quality.settings import UsageError
 from hybridkv_quality.tasks import suite_samples
 from hybridkv_vllm.profile import HeadProfile
 
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(profile.model_dump_json(indent=1) + "\n")
-    except (UsageError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"hybridkv: {error}", file=sys.stderr)
         return EXIT_USAGE
     if args.json:
@@ -86,8 +85,7 @@ def calibrate(
     """Watches a model's heads; see `HeadProfile`.
 
     Raises:
-        UsageError: an unknown task.
-        ValueError: prompts too short, or a share that is none.
+        ValueError: an unknown task, prompts too short, or a share that is none.
         OSError: the model is not to be had.
     """
     if not 0 < share < 1:

@@ -70,9 +70,9 @@ def watch_heads(model: Any, processor: Any, sample: Sample, share: float) -> Hea
     with _watching(model, first) as layers:
         model(**inputs.to(model.device), use_cache=False, logits_to_keep=1)
     weights = torch.stack(layers)  # [L, H, group, queries from `first`, keys]
-    is_visual = (inputs["input_ids"][0, :prompt] == model.config.image_token_id) | (
-        inputs["input_ids"][0, :prompt] == model.config.video_token_id
-    )
+    visual = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+    # On the host, where the attention is: `to` moved the inputs themselves.
+    is_visual = torch.isin(inputs["input_ids"][0, :prompt].cpu(), visual)
     scores = _scores(weights[..., : prompt - first, :prompt], is_visual)
     steps = weights[..., prompt - first :, :prompt].mean(2)  # [L, H, n, T]
     past = min(scores.past, scores.compressible)
