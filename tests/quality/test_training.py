@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hybridkv_quality.lexicon import spaced_words
+from hybridkv_quality.lexicon import COUNTS, spaced_words
 from hybridkv_quality.pictures import CELL, draw_board
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import KINDS, Kind, build_scene, shape_for
@@ -100,6 +101,31 @@ def test_one_pass_for_many_questions_equals_transformers(kind: Kind, loaded: tup
         assert torch.equal(said[len(scene_ids) + where + 1], targets[0, place, where])
         expected.append(logits[len(scene_ids) + where])
     assert torch.allclose(ours, torch.cat(expected), atol=1e-4)
+
+
+def test_the_head_that_counts_is_shown_as_many_things_as_the_answer_says(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    monkeypatch.setattr(batches, "VARIANTS", 1)
+    monkeypatch.setattr(batches, "CLUTTER", 8)
+    drawings = batches.Drawings.draw(np.random.default_rng(0))
+    made = batches.Batches(model, processor.tokenizer, drawings, seed=1)
+    shape = shape_for("gallery", 200, np.random.default_rng(2))
+    batch = made.draw(shape, 2, 6, {"count": 1.0, "index": 0.5})
+    assert len(batch.tallies) == sum(task == "count" for tasks in batch.tasks for task in tasks) > 2
+    numbers = [processor.tokenizer.get_vocab()[f"Ġ{word}"] for word in COUNTS]
+    for row, place, counted in batch.tallies:
+        assert batch.targets[row].flatten()[place] == numbers[len(set(counted)) - 1]
+    found = network.Found()
+    network.answer_logits(model, batch, found)
+    assert found.tallies is not None
+    # The ideal: two of the first token's share to one of each thing, and nothing for all else.
+    ideal = [
+        -sum(w / (2 + len(c)) * math.log(w / (2 + len(c))) for w in (2, *[1] * len(c)))
+        for _, _, c in batch.tallies
+    ]
+    assert (found.tallies <= -torch.tensor(ideal)).all()
 
 
 def test_training_lowers_the_loss_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
