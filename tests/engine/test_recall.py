@@ -29,6 +29,7 @@ from engines import (
 from hybridkv_kernels.recall.layout import LandmarkLayout
 from hybridkv_kernels.recall.reading import positions_of
 
+from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.observe.heads import Head, RequestHeads, read_heads
 from hybridkv_vllm.observe.metrics import read_samples
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
@@ -464,7 +465,7 @@ def test_the_budget_counts_all_that_stays(tiny_model: Path, tmp_path: Path) -> N
         report = read_heads()[0]
     heads = [head for layer in report.layers for head in layer]
     assert all(head.recalled for head in heads)
-    layout = LandmarkLayout("sketch", 128, 2, 3)
+    layout = LandmarkLayout(ServerOptions().landmark, 128, 2, 3)
     chunks = tokens // 16
     arena = arena_blocks(0.1, tokens)
     assert report.arena_pages == arena * len(heads)
