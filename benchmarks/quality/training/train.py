@@ -1,6 +1,6 @@
 """Trains the small Qwen2.5-VL that the quality suite and `make demo` use, on a CPU.
 
-python benchmarks/quality/training/train.py --out FOLDER [--minutes 60] [--seed 0] [--resume]
+python benchmarks/quality/training/train.py --out FOLDER [--minutes 60] [--seed 0] [--resume | --shipped]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from batches import Batches, Drawings, kinds_of
 from export import write_folder
 from hybridkv_quality.lexicon import GLYPHS
+from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import ALL_NAMES, KINDS, Kind, Shape, shape_for
 from network import HIDDEN, Batch, Found, answer_logits, build_config, build_model, see, to_patches
@@ -42,6 +43,7 @@ RATE, BOOST = 5e-4, 3.0
 STEP_TOKENS = 1800
 COPIES, REPORT_EVERY = 64, 50
 CURVE = "curve.json"
+SHIPPED_CURVE = Path(__file__).resolve().parents[2] / "results" / "quality" / CURVE
 WEIGHTS = {
     "recall": 0.3,
     "multi_recall": 0.7,
@@ -55,9 +57,11 @@ WEIGHTS = {
     "video": 0.6,
 }
 # Once its head looks at what it has to count, some steps practise counting alone, in scenes of so many
-# tokens: reading off how many takes more examples than anything else.
-COUNTING_FROM, COUNTING_CHANCE, COUNTING_TOKENS = 7000, 0.3, (64, 96, 128, 192, 256, 384, 512)
+# tokens: reading off how many takes more examples than anything else, and looking at all of them alike.
+COUNTING_FROM, COUNTING_CHANCE = 7000, 0.5
+COUNTING_TOKENS = (64, 96, 128, 192, 256, 384, 512, 1024)
 # So long, heads are shown which dominoes to look at; left to themselves they find out too, but in hours.
+# What to count is shown whenever counting is practised.
 POINTING_STEPS, POINTING_WEIGHT = 10_000, 0.5
 # Share of the scenes, where they are small enough, in which all names have one colour.
 ONE_COLOUR = 0.25
@@ -175,7 +179,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop there, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
+    going_on.add_argument(
+        "--shipped", action="store_true", help="go on from the model that ships, with a new optimizer"
+    )
     return parser.parse_args()
 
 
@@ -212,7 +220,7 @@ class Training:
         """
         self._set_rates(number, spent)
         kind, tokens, batch = self._draw(number)
-        found = Found() if number <= POINTING_STEPS else None
+        found = Found() if number <= POINTING_STEPS or _only_counts(batch) else None
         # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
         with torch.autocast("cpu", torch.bfloat16):
             logits = answer_logits(self.model, batch, found).float()
@@ -306,16 +314,23 @@ def main() -> None:
     model = build_model(build_config(tokenizer))
     drawings = Drawings.draw(np.random.default_rng(args.seed))
     state: dict[str, Any] | None = None
+    levels: Mapping[Kind, int] | None = None
     if args.resume:
         state = torch.load(args.out / "state.pt", weights_only=False)
         model.load_state_dict(state["model"])
         curve = state["curve"]
+        levels = state["levels"]
+    elif args.shipped:
+        shipped = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder(), dtype=torch.float32)
+        model.load_state_dict(shipped.state_dict())
+        curve = json.loads(SHIPPED_CURVE.read_text())
+        levels = {kind: LEVELS.index(tokens) for kind, tokens in curve[-1]["tokens"].items()}
     else:
         curve = [{"vision_right": learn_to_see(model, tokenizer, drawings, args.seed)}]
     model.model.visual.requires_grad_(False)
     first = int(curve[-1].get("step", 0)) + 1
     batches = Batches(model, tokenizer, drawings, args.seed + first)
-    curriculum = Curriculum(args.seed + first, state["levels"] if state else None)
+    curriculum = Curriculum(args.seed + first, levels)
     training = Training(model, batches, curriculum, curve, first, args.rate, args.settling)
     if state is not None:
         training.optimizer.load_state_dict(state["optimizer"])
@@ -332,6 +347,10 @@ def main() -> None:
     training.save(args.out)
     write_folder(model, tokenizer, args.out / "model")
     (args.out / CURVE).write_text(json.dumps(curve, indent=1) + "\n")
+
+
+def _only_counts(batch: Batch) -> bool:
+    return all(name == "count" for names in batch.tasks for name in names)
 
 
 def _groups(model: Qwen2_5_VLForConditionalGeneration) -> list[dict[str, Any]]:
