@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hybridkv_quality.lexicon import COUNTS, spaced_words
+from hybridkv_quality.lexicon import NUMBERS, spaced_words
 from hybridkv_quality.pictures import CELL, draw_board
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import KINDS, Kind, build_scene, shape_for
@@ -114,7 +114,7 @@ def test_the_head_that_counts_is_shown_as_many_things_as_the_answer_says(
     shape = shape_for("gallery", 200, np.random.default_rng(2))
     batch = made.draw(shape, 2, 6, {"count": 1.0, "index": 0.5})
     assert len(batch.tallies) == sum(task == "count" for tasks in batch.tasks for task in tasks) > 2
-    numbers = [processor.tokenizer.get_vocab()[f"Ġ{word}"] for word in COUNTS]
+    numbers = [processor.tokenizer.get_vocab()[f"Ġ{word}"] for word in NUMBERS]
     for row, place, counted in batch.tallies:
         assert batch.targets[row].flatten()[place] == numbers[len(set(counted)) - 1]
     found = network.Found()

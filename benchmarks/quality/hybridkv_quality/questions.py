@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridkv_quality.lexicon import COLOURS, COMMA, COUNT, COUNTS, FIND, FOLLOW, NEXT, ORDINALS, RECITE, SHOW
+from hybridkv_quality.lexicon import COLOURS, COMMA, COUNT, COUNTS, FIND, FOLLOW, NEXT, NUMBERS, ORDINALS, RECITE, SHOW
 from hybridkv_quality.pictures import Domino
 from hybridkv_quality.scenes import Kind, Scene
 
@@ -89,9 +89,9 @@ def order(scene: Scene, rng: np.random.Generator) -> Question:
 def count(scene: Scene, rng: np.random.Generator) -> Question:
     """How many names have this colour?"""
     occurring = Counter(domino.name.colour for domino in scene.gallery)
-    countable = [colour for colour in COLOURS if 1 <= occurring[colour] <= len(COUNTS)]
+    countable = [colour for colour in COLOURS if occurring[colour] in COUNTS]
     colour = countable[int(rng.integers(len(countable)))]
-    return (Turn(say(COUNT, colour), say(colour, COUNTS[occurring[colour] - 1])),)
+    return (Turn(say(COUNT, colour), say(colour, NUMBERS[occurring[colour] - 1])),)
 
 
 def recite(scene: Scene, rng: np.random.Generator) -> Question:

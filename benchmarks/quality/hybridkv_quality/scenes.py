@@ -107,15 +107,14 @@ def _fill(
 
 
 def _gallery_names(pictures: int, rng: np.random.Generator) -> list[Name]:
-    """Names of which some colours occur once to three times, so that counting has an answer."""
+    """Names of which some colours occur as often as can be asked for, so that counting has an answer."""
     colours = list(COLOURS)
     rng.shuffle(colours)
     counts: list[str] = []
     for colour in colours:
-        counts += [colour] * int(rng.integers(1, len(COUNTS) + 1))
-    counts = (
-        counts[:pictures] if len(counts) >= pictures else counts + [colours[-1]] * (pictures - len(counts))
-    )
+        left = pictures - len(counts)
+        counts += [colour] * int(rng.choice([count for count in COUNTS if count <= left] or [0]))
+    counts += [colours[-1]] * (pictures - len(counts))
     rng.shuffle(counts)
     glyphs = {colour: iter(rng.permutation(len(GLYPHS)).tolist()) for colour in COLOURS}
     return [Name(colour, GLYPHS[next(glyphs[colour])]) for colour in counts]

@@ -58,7 +58,7 @@ WEIGHTS = {
 }
 # Once its head looks at what it has to count, some steps practise counting alone, in scenes of so many
 # tokens: reading off how many takes more examples than anything else, and looking at all of them alike.
-COUNTING_FROM, COUNTING_CHANCE = 7000, 0.5
+COUNTING_FROM, COUNTING_CHANCE = 7000, 0.3
 COUNTING_TOKENS = (64, 96, 128, 192, 256, 384, 512, 1024)
 # So long, heads are shown which dominoes to look at; left to themselves they find out too, but in hours.
 # What to count is shown whenever counting is practised.
