@@ -10,8 +10,8 @@ from hybridkv_vllm.plan import PAGE_TOKENS
 # Weights and shares are whole numbers of these: integer sums do not depend on the device's order of adding.
 WEIGHT_ONE = 1 << 30
 SHARE_ONE = 10**6
-# Hot chunks that a recalling head gets at least: a number, and one in so many of its chunks.
-LEAST_HOT = 4
+# Hot chunks that a recalling head gets at least: a number, as the budget allows, and one in so many chunks.
+LEAST_HOT = range(4, 9)
 LEAST_HOT_ONE_IN = 50
 
 
@@ -43,11 +43,11 @@ def recall_limits(
 ) -> tuple[int, int] | None:
     """How many pages a recalling head should have at least, and how many heads may recall.
 
-    The least is the head's landmarks and 2% of its chunks, no fewer than 4. `dynamic_share` of an equal share
-    alone would, at small budgets, leave next to nothing beside the landmarks, which do not shrink with the
-    budget; and a few well chosen chunks are worth more than pruning at several times their number. As many
-    heads may recall as fit with 4 chunks each: a few that recall can save an answer that none would. The
-    numbers are ours.
+    The least is the head's landmarks and 2% of its chunks, no fewer than 4 to 8. `dynamic_share` of an equal
+    share alone would, at small budgets, leave next to nothing beside the landmarks, which do not shrink with
+    the budget; and a few well chosen chunks are worth more than pruning at several times their number. The
+    more chunks, the fewer heads fit, but a chunk is worth the less the more there are: that number between 4
+    and 8 is taken for which the heads that fit times `log(1 + chunks)` is largest. The numbers are ours.
 
     Args:
         pages: pages of this rank's arena for all KV heads.
@@ -60,11 +60,17 @@ def recall_limits(
         Least pages and most heads, at least one. None where no head should recall: `pages` keep every chunk
         as it is, a head with 4 chunks takes as much as all of its prompt, or not even one such head fits.
     """
-    smallest = landmark_pages + LEAST_HOT
-    most_heads = heads_that_fit(pages, heads, smallest, window)
-    if pages >= heads * num_chunks or smallest >= num_chunks or most_heads < 1:
+    # Exact, so that all ranks of a model agree: n * log(1 + h) orders as (1 + h) ** n does.
+    choices = [
+        ((1 + hot) ** fit, hot, fit)
+        for hot in LEAST_HOT
+        if landmark_pages + hot < num_chunks
+        and (fit := heads_that_fit(pages, heads, landmark_pages + hot, window))
+    ]
+    if pages >= heads * num_chunks or not choices:
         return None
-    return landmark_pages + max(LEAST_HOT, -(-num_chunks // LEAST_HOT_ONE_IN)), most_heads
+    _, hot, most_heads = max(choices)
+    return landmark_pages + max(hot, -(-num_chunks // LEAST_HOT_ONE_IN)), most_heads
 
 
 def allocate_pages(

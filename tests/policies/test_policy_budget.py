@@ -143,17 +143,19 @@ def test_limits_of_a_long_prompt(kind: Any, landmark_pages: int, least: int) -> 
     ("pages", "num_chunks", "landmarks", "window", "limits"),
     # Of 10 heads, whose floor is a page and that of their window.
     [
-        (250, 512, 19, 64, (30, 10)),  # an equal share of 25
-        (230, 512, 19, 64, (30, 10)),  # landmarks and 4 chunks
-        (229, 512, 19, 64, (30, 9)),  # 5 pages a head, 179 beside: 9 times 18
+        (270, 512, 19, 64, (30, 10)),  # landmarks and 8 chunks
+        (269, 512, 19, 64, (30, 10)),  # and 7
+        (250, 512, 19, 64, (30, 9)),  # 5 pages a head, 200 beside: 9 times 22
+        (229, 512, 19, 64, (30, 8)),  # 8 times 22; with 4 chunks there would be 9
         (68, 512, 19, 64, (30, 1)),
         (67, 512, 19, 64, None),
         (67, 512, 19, 48, (30, 1)),  # a smaller window
         (40, 512, 19, 64, None),  # less than the floors
         (0, 512, 19, 0, None),
-        (999, 100, 4, 0, (8, 10)),
+        (999, 100, 4, 0, (12, 10)),
+        (105, 100, 4, 0, (10, 10)),  # all with 6 chunks rather than 9 with 7
         (1000, 100, 4, 0, None),  # keeps every chunk
-        (100, 201, 4, 0, (9, 10)),  # 2% of the chunks, rounded up
+        (100, 401, 4, 0, (13, 10)),  # 2% of the chunks, rounded up
         (60, 9, 4, 0, (8, 7)),
         (60, 8, 4, 0, None),  # a head with 4 chunks takes as much as all of its prompt
     ],
@@ -195,10 +197,17 @@ def test_limits_hold_landmarks_and_chunks(
     heads: int, pages: int, num_chunks: int, landmarks: int, window: int
 ) -> None:
     limits = recall_limits(pages, heads, num_chunks, landmarks, window)
-    possible = pages < heads * num_chunks and landmarks + 4 < num_chunks
-    most = heads_that_fit(pages, heads, landmarks + 4, window)
-    assert limits == ((landmarks + max(4, math.ceil(num_chunks / 50)), most) if possible and most else None)
+    fit = {
+        hot: heads_that_fit(pages, heads, landmarks + hot, window)
+        for hot in range(4, 9)
+        if landmarks + hot < num_chunks
+    }
+    assert (limits is None) == (pages >= heads * num_chunks or not any(fit.values()))
     if limits:
+        worth = {hot: number * math.log(1 + hot) for hot, number in fit.items()}
+        best = [hot for hot in fit if worth[hot] > max(worth.values()) - 1e-9]
+        share = math.ceil(num_chunks / 50)
+        assert limits in [(landmarks + max(hot, share), fit[hot]) for hot in best]
         # As many recall as may, or fewer: none gets less than its landmarks and 4 chunks.
         for number in {1, limits[1]}:
             case = Allocation(

@@ -292,7 +292,9 @@ def test_any_recall_that_fits(data: st.DataObject) -> None:
     """Numbers other than `recall_limits` says: any least, and any number of heads that have a chunk."""
     scores = random_scores(data.draw(st.integers(0, 2**20), "seed"), tokens=180, visual=(10, 160))
     pages = data.draw(st.integers(2 * scores.heads, (scores.capacity + 1) * scores.heads), "pages")
-    landmark_pages = data.draw(st.integers(0, pages // scores.heads + 2), "landmark_pages")
+    landmark_pages = data.draw(
+        st.integers(0, min(pages // scores.heads + 2, scores.capacity - 1)), "landmark_pages"
+    )
     floor = -(-window_in_arena(scores) // PAGE) + 1
     all_fit = landmark_pages < pages // scores.heads
     most_heads = max(

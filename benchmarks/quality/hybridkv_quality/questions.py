@@ -9,7 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridkv_quality.lexicon import COLOURS, COMMA, COUNT, COUNTS, FIND, FOLLOW, NEXT, NUMBERS, ORDINALS, RECITE, SHOW
+from hybridkv_quality.lexicon import (
+    COLOURS,
+    COMMA,
+    COUNT,
+    COUNTS,
+    FIND,
+    FOLLOW,
+    NEXT,
+    NUMBERS,
+    ORDINALS,
+    RECITE,
+    SHOW,
+)
 from hybridkv_quality.pictures import Domino
 from hybridkv_quality.scenes import Kind, Scene
 
