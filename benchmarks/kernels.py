@@ -1,0 +1,173 @@
+"""Times the kernels at the sizes of a grid, against the card's limits and other libraries.
+
+Results that are wrong get no speed-up. On a CPU everything runs small, under Triton's interpreter, to check
+the harness: no times then, only bytes.
+
+    python benchmarks/kernels.py --batch 8,32 --prompt 8192,32768 --out benchmarks/results/kernels
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Without a GPU only the interpreter runs Triton's kernels; it is chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
+from speed.layer import Case, CaseError, make_layer
+from speed.operations import OPERATIONS, TOLERANCE, Prepared, relative_error
+from speed.results import Record, Results, begin, find_ratios, write
+from speed.rivals import RIVALS
+
+SEED = 0
+NEED_GPU = frozenset(RIVALS) - {"sdpa"}
+PINNED_BYTES = 256 * 2**20
+
+
+def _numbers(kind: type) -> object:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _arguments(on_gpu: bool) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = sorted({name for operation in OPERATIONS.values() for name in operation.backends})
+    parser.add_argument("--op", default=",".join(OPERATIONS), help="what to time (default: %(default)s)")
+    parser.add_argument("--backends", default=",".join(b for b in known if b != "torch"), help="who does it")
+    parser.add_argument("--no-refcheck", action="store_true", help="check nothing, and report no speed-up")
+    parser.add_argument("--batch", type=_numbers(int), default=[8, 32] if on_gpu else [2])
+    parser.add_argument("--prompt", type=_numbers(int), default=[8192, 32768] if on_gpu else [512])
+    parser.add_argument("--budget", type=_numbers(float), default=[0.1] if on_gpu else [0.5])
+    parser.add_argument("--skew", type=_numbers(float), default=[1.0, 16.0] if on_gpu else [4.0])
+    parser.add_argument(
+        "--dynamic", type=_numbers(float), default=[0.0, 0.5], help="share of heads that recall"
+    )
+    parser.add_argument("--tier", type=lambda text: text.split(","), default=["gpu"], help="gpu, host")
+    parser.add_argument("--missed", type=float, default=0.03, help="share of chosen chunks fetched in a step")
+    parser.add_argument("--landmark", default="sketch2")
+    parser.add_argument("--out", type=Path, help="folder for kernels.json, kernels.csv and kernels.png")
+    args = parser.parse_args()
+    args.op, args.backends = args.op.split(","), args.backends.split(",")
+    unknown = [name for name in args.op if name not in OPERATIONS]
+    unknown += [name for name in args.backends if name not in known]
+    if unknown:
+        choice = f"operations: {', '.join(OPERATIONS)}; backends: {', '.join(known)}"
+        parser.error(f"unknown: {', '.join(unknown)} ({choice})")
+    return args
+
+
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    grid = itertools.product(args.batch, args.prompt, args.budget, args.skew, args.dynamic, args.tier)
+    for batch, prompt, budget, skew, dynamic, tier in grid:
+        yield Case(batch, prompt, budget, skew, dynamic, tier, args.missed, args.landmark)
+
+
+def _case_of(op: str, case: Case) -> Case:
+    """The case without what makes no difference to an operation."""
+    return Case(case.batch, case.prompt, budget=1.0, skew=1.0) if op == "dense" else case
+
+
+def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:
+    """One record; a backend that is not there, or does not take the size, says so in it."""
+    prepare = OPERATIONS[op].prepare
+    record = Record(op=op, backend=backend, case=asdict(case), num_bytes=0)
+    if backend in NEED_GPU and device.type != "cuda":
+        record.missing = "needs a GPU"
+        return record
+    layer = make_layer(case, device, SEED)
+    expected: Prepared | None = None
+    if check:
+        expected = prepare(layer.copy(), "torch")
+        expected.poison()
+        expected.run()
+    try:
+        prepared = prepare(layer, backend)
+        record.num_bytes = prepared.num_bytes
+        prepared.poison()
+        prepared.run()
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        # Rivals come in many versions: what one refuses must not cost the others their turn.
+        record.missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return record
+    if expected is not None:
+        record.error = relative_error(prepared.result(), expected.result())
+        record.right = record.error <= TOLERANCE
+        del expected
+    others = range(1, sets_needed(prepared.num_bytes, device))
+    sets = [prepared, *(prepare(make_layer(case, device, SEED + number), backend) for number in others)]
+    record.ms = milliseconds([one.run for one in sets], device)
+    return record
+
+
+def _size(case: dict[str, Any]) -> str:
+    recalling = f", {case['dynamic']:.0%} recall from {case['tier']}" if case["dynamic"] else ""
+    return f"{case['batch']} x {case['prompt']}, {case['budget']:.0%}, skew {case['skew']:g}{recalling}"
+
+
+def _print(results: Results, console: Console) -> None:
+    table = Table("op", "backend", "size", "MiB", "ms", "GB/s", "error", title=results.device)
+    for record in results.records:
+        if record.missing:
+            continue
+        checked = "unchecked" if record.error is None else f"{record.error:.0e}"
+        table.add_row(
+            record.op,
+            record.backend,
+            _size(record.case),
+            f"{record.num_bytes / 2**20:.2f}",
+            "-" if record.ms is None else f"{record.ms:.3f}",
+            "-" if record.gb_per_s is None else f"{record.gb_per_s:.0f}",
+            f"{checked} WRONG" if record.right is False else checked,
+        )
+    console.print(table)
+    for line in sorted({f"{r.backend}: {r.missing}" for r in results.records if r.missing}):
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+    ratios = Table("ratio", "size", "value")
+    for ratio in results.ratios:
+        ratios.add_row(ratio.what, _size(ratio.case), f"{ratio.value:.2f}")
+    console.print(ratios)
+
+
+def main() -> int:
+    """Measures and reports; 1 where a result is wrong."""
+    on_gpu = torch.cuda.is_available()
+    args = _arguments(on_gpu)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    console = Console()
+    results = begin(device, copy_bandwidth(device), pinned_bandwidth(PINNED_BYTES, device))
+    todo = dict.fromkeys(
+        (op, backend, _case_of(op, case))
+        for case in _cases(args)
+        for op in args.op
+        for backend in args.backends
+        if backend in OPERATIONS[op].backends and (case.recalling or not OPERATIONS[op].recalls)
+    )
+    try:
+        for op, backend, case in track(list(todo), console=console, disable=not console.is_terminal):
+            results.records.append(_measure(op, backend, case, device, not args.no_refcheck))
+    except CaseError as error:
+        print(f"kernels.py: {error}", file=sys.stderr)
+        return 2
+    results.ratios = list(find_ratios(results))
+    _print(results, console)
+    if args.out is not None:
+        write(results, args.out)
+    return int(any(record.right is False for record in results.records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

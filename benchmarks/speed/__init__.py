@@ -1,0 +1,1 @@
+"""What `benchmarks/kernels.py` is made of: one layer's decode step, the operations on it, and rivals."""

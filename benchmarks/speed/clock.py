@@ -1,0 +1,73 @@
+"""Times device work by replaying it as a CUDA graph, over more data than the cache holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+WARMUP, REPEATS = 3, 30
+# Sets of data that are taken in turn hold this many times the cache together.
+CACHE_FACTOR, MOST_SETS = 3, 16
+COPY_BYTES = 2 * 2**30
+
+
+def sets_needed(num_bytes: int, device: torch.device) -> int:
+    """How many sets of data of `num_bytes` must take turns so that none is found in the cache."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MOST_SETS, -(-CACHE_FACTOR * cache // max(num_bytes, 1))))
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+    """Median time of one of `calls`, which are captured together and replayed; None on a CPU.
+
+    On a CPU each runs once: the interpreter's time says nothing.
+    """
+    if device.type != "cuda":
+        for call in calls:
+            call()
+        return None
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for call in calls:
+            for _ in range(WARMUP):
+                call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(WARMUP):
+        graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(statistics.median(times)) / len(calls)
+
+
+def copy_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second of a large copy on the device, read and written; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.randint(0, 255, (COPY_BYTES // 2,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    time = milliseconds([lambda: target.copy_(source)], device)
+    return None if time is None else COPY_BYTES / time * 1e3
+
+
+def pinned_bandwidth(num_bytes: int, device: torch.device) -> float | None:
+    """Bytes a second of one contiguous copy of `num_bytes` from pinned host memory; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    time = milliseconds([lambda: target.copy_(source, non_blocking=True)], device)
+    return None if time is None else num_bytes / time * 1e3

@@ -1,0 +1,225 @@
+"""What is timed: each operation on a layer, the bytes that it must move, and how it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from hybridkv_kernels.chunk_gather import chunk_gather
+from hybridkv_kernels.chunk_score import chunk_score
+from hybridkv_kernels.chunk_select import chunk_select
+from hybridkv_kernels.extent_decode import DecodeTables, extent_decode
+from hybridkv_kernels.pages import Backend
+from torch import Tensor
+
+from speed.layer import SCALE, Layer, Misses, find_misses, make_missing
+from speed.rivals import RIVALS
+
+OURS: tuple[Backend, ...] = ("triton", "torch")
+# Relative error of bf16 results, as norms.
+TOLERANCE = 1e-2
+STALE = -7
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An operation that can be repeated.
+
+    Attributes:
+        run: does it once, from the same state each time.
+        result: what `run` wrote, to compare; call it behind `run`.
+        num_bytes: of KV, landmarks or chunks that have to be read, the least.
+        poison: spoils what `run` has to write.
+    """
+
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+    num_bytes: int
+    poison: Callable[[], object]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of `expected`; infinite where something is not a number."""
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def _attention(layer: Layer, tables: DecodeTables, num_bytes: int, backend: Backend) -> Prepared:
+    out = torch.full_like(layer.query, torch.nan)
+    layer.plan.update(layer.row_slot, layer.row_len, tables)
+
+    def run() -> None:
+        extent_decode(
+            layer.query,
+            layer.pool,
+            out,
+            layer.row_slot,
+            layer.row_len,
+            tables,
+            0,
+            SCALE,
+            layer.plan,
+            backend,
+        )
+
+    return Prepared(run, lambda: out, num_bytes, lambda: out.fill_(torch.nan))
+
+
+def decode(layer: Layer, backend: str) -> Prepared:
+    """Attention of compressed requests."""
+    return _attention(layer, layer.compressed, layer.compressed_bytes, _ours(backend))
+
+
+def dense(layer: Layer, backend: str) -> Prepared:
+    """Attention of the same requests, not compressed: ours and rivals'."""
+    if backend not in RIVALS:
+        return _attention(layer, layer.ordinary, layer.ordinary_bytes, _ours(backend))
+    out = torch.full_like(layer.query, torch.nan)
+    run = RIVALS[backend](layer, out)
+    return Prepared(run, lambda: out, layer.ordinary_bytes, lambda: out.fill_(torch.nan))
+
+
+def score(layer: Layer, backend: str) -> Prepared:
+    """Landmarks to chunk weights."""
+    work = layer.work
+
+    def run() -> None:
+        chunk_score(
+            layer.query,
+            layer.pool,
+            layer.row_slot,
+            layer.row_len,
+            layer.compressed,
+            layer.recall,
+            0,
+            SCALE,
+            layer.landmarks,
+            work,
+            backend=_ours(backend),
+        )
+
+    items = (layer.recall.chunk_first[:, 0] >= 0).flatten()
+
+    def result() -> Tensor:
+        """Weights, not their logarithms: what is next to nothing may differ."""
+        weights = work.log_weight[items]
+        return (weights - weights.amax(-1, keepdim=True)).exp2()
+
+    return Prepared(run, result, layer.landmark_bytes, lambda: work.log_weight.fill_(torch.nan))
+
+
+def select(layer: Layer, backend: str) -> Prepared:
+    """Chunk weights to what is missing, where some is."""
+    return _select(layer, find_misses(layer), _ours(backend))
+
+
+def _select(layer: Layer, misses: Misses, backend: Backend) -> Prepared:
+    work = layer.work
+
+    def run() -> None:
+        make_missing(layer, misses)
+        chunk_select(
+            layer.pool,
+            layer.row_slot,
+            layer.row_len,
+            layer.compressed,
+            layer.recall,
+            0,
+            layer.landmarks.layout,
+            work,
+            backend=backend,
+        )
+
+    def result() -> Tensor:
+        """Which chunk goes to which slot; all else is stale."""
+        known = torch.arange(work.missing.shape[1], device=work.missing.device) < work.num_missing[:, None]
+        return torch.where(known, torch.stack((work.missing, work.freed)), -1)
+
+    def poison() -> None:
+        for written in (work.missing, work.freed, work.num_missing):
+            written.fill_(STALE)
+
+    return Prepared(run, result, work.log_weight.nbytes, poison)
+
+
+def gather(layer: Layer, backend: str) -> Prepared:
+    """Missing chunks into hot slots."""
+    misses = find_misses(layer)
+    _select(layer, misses, "auto").run()
+    work = layer.work
+    num_bytes = int(work.num_missing.sum()) * layer.landmarks.layout.page_bytes
+
+    def run() -> None:
+        chunk_gather(
+            layer.pool,
+            layer.store,
+            layer.row_slot,
+            layer.compressed,
+            layer.recall,
+            0,
+            layer.landmarks.layout,
+            work,
+            backend=_ours(backend),
+        )
+
+    return Prepared(run, lambda: layer.pool[misses.page], num_bytes, lambda: _spoil(layer, misses))
+
+
+def step(layer: Layer, backend: str) -> Prepared:
+    """A decode step of a layer: score, choose and fetch where heads recall, then attention."""
+    attention = decode(layer, backend)
+    if not layer.case.recalling:
+        return attention
+    misses = find_misses(layer)
+    fetched = misses.slot.numel() * layer.landmarks.layout.page_bytes
+
+    def run() -> None:
+        make_missing(layer, misses)
+        layer.run_recall(_ours(backend))
+        attention.run()
+
+    def poison() -> None:
+        attention.poison()
+        _spoil(layer, misses)
+
+    num_bytes = attention.num_bytes + layer.landmark_bytes + fetched
+    return Prepared(run, attention.result, num_bytes, poison)
+
+
+def _spoil(layer: Layer, misses: Misses) -> None:
+    layer.pool[misses.page] = torch.nan
+
+
+def _ours(backend: str) -> Backend:
+    if backend in ("auto", "torch", "triton"):
+        return backend  # type: ignore[return-value]
+    raise ValueError(f"{backend} has no such operation")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation, and who can do it.
+
+    Attributes:
+        prepare: makes it ready on a layer of its own.
+        backends: of which the first is what ships.
+        recalls: whether it needs heads that recall.
+    """
+
+    prepare: Callable[[Layer, str], Prepared]
+    backends: tuple[str, ...]
+    recalls: bool = False
+
+
+OPERATIONS: Mapping[str, Operation] = MappingProxyType(
+    {
+        "dense": Operation(dense, (*OURS, *RIVALS)),
+        "decode": Operation(decode, OURS),
+        "score": Operation(score, OURS, recalls=True),
+        "select": Operation(select, OURS, recalls=True),
+        "gather": Operation(gather, OURS, recalls=True),
+        "step": Operation(step, OURS),
+    }
+)

@@ -1,0 +1,173 @@
+"""What a run of `benchmarks/kernels.py` says: its records, ratios within the run, files and plot."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "xformers", "hybridkv-vllm")
+# The rivals' attention over everything is the same work as ours; other operations have no rival.
+DENSE = "dense"
+SHIPS = "triton"
+
+
+class Record(BaseModel):
+    """One operation of one backend at one size."""
+
+    op: str
+    backend: str
+    case: dict[str, Any]
+    num_bytes: int = Field(description="Least bytes that the operation has to read.")
+    ms: float | None = Field(default=None, description="Median of a launch; null on a CPU.")
+    error: float | None = Field(
+        default=None, description="Relative to the torch reference; null if unchecked."
+    )
+    right: bool | None = Field(default=None, description="Whether the error is small; null if unchecked.")
+    missing: str | None = Field(default=None, description="Why this backend did not run.")
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Bytes over time."""
+        return None if self.ms is None else self.num_bytes / self.ms / 1e6
+
+
+class Ratio(BaseModel):
+    """A quotient of two figures of the same run."""
+
+    what: str
+    case: dict[str, Any]
+    value: float
+
+
+class Results(BaseModel):
+    """A whole run."""
+
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    device: str
+    versions: dict[str, str]
+    copy_bandwidth: float | None = Field(
+        description="Bytes a second of a copy on the device, read and write."
+    )
+    pinned_bandwidth: float | None = Field(description="Bytes a second of a copy from pinned host memory.")
+    records: list[Record] = []
+    ratios: list[Ratio] = []
+
+
+def begin(device: torch.device, copy: float | None, pinned: float | None) -> Results:
+    """Results without records."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return Results(device=name, versions=_versions(), copy_bandwidth=copy, pinned_bandwidth=pinned)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def find_ratios(results: Results) -> Iterator[Ratio]:
+    """Bytes saved, and where there are times, shares of the card's limits and speed-ups.
+
+    Times count only where the operation was checked and right.
+    """
+    for record in results.records:
+        if record.backend != SHIPS or record.missing:
+            continue
+        whole = _best(results, DENSE, record.case, rivals=False)
+        if record.op == "decode" and whole is not None:
+            yield _ratio("bytes of the full cache / of decode", record, whole.num_bytes / record.num_bytes)
+        if record.ms is None or not record.right:
+            continue
+        link = results.pinned_bandwidth if record.case["tier"] == "host" else results.copy_bandwidth
+        limit = link if record.op == "gather" else results.copy_bandwidth
+        if limit is not None:
+            of_limit = record.num_bytes / (record.ms * 1e-3) / limit
+            yield _ratio(f"{record.op}: bytes over time / bandwidth of a copy", record, of_limit)
+        rival = _best(results, DENSE, record.case, rivals=True)
+        if rival is not None and rival.ms is not None and record.op in (DENSE, "decode", "step"):
+            yield _ratio(f"{record.op}: speed against {rival.backend} on all", record, rival.ms / record.ms)
+        attention = _find(results, "decode", record)
+        if record.op == "step" and attention is not None and attention.ms is not None and attention.right:
+            for interval in (1, 4):
+                mean = attention.ms + (record.ms - attention.ms) / interval
+                yield _ratio(f"step: share of recall, interval {interval}", record, 1 - attention.ms / mean)
+
+
+def _ratio(what: str, record: Record, value: float) -> Ratio:
+    return Ratio(what=what, case=record.case, value=value)
+
+
+def _find(results: Results, op: str, like: Record) -> Record | None:
+    return next(
+        (r for r in results.records if (r.op, r.backend, r.case) == (op, like.backend, like.case)), None
+    )
+
+
+def _best(results: Results, op: str, case: dict[str, Any], *, rivals: bool) -> Record | None:
+    """The fastest right record of a case's batch and prompt, of rivals or of what ships."""
+    found = [
+        record
+        for record in results.records
+        if record.op == op
+        and record.missing is None
+        and (record.backend not in (SHIPS, "torch") if rivals else record.backend == SHIPS)
+        and all(record.case[name] == case[name] for name in ("batch", "prompt"))
+        and (record.right or not rivals)
+    ]
+    return min(found, key=lambda record: record.ms or 0.0, default=None)
+
+
+def write(results: Results, out: Path) -> None:
+    """`kernels.json`, `kernels.csv` and, where there are times, `kernels.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "kernels.json").write_text(results.model_dump_json(indent=1) + "\n")
+    with (out / "kernels.csv").open("w", newline="") as file:
+        cases = list(results.records[0].case) if results.records else []
+        writer = csv.writer(file)
+        writer.writerow(["op", "backend", *cases, "num_bytes", "ms", "gb_per_s", "error", "right", "missing"])
+        for r in results.records:
+            sizes = [r.case[name] for name in cases]
+            writer.writerow(
+                [r.op, r.backend, *sizes, r.num_bytes, r.ms, r.gb_per_s, r.error, r.right, r.missing]
+            )
+    timed = [record for record in results.records if record.gb_per_s is not None and record.right]
+    if timed:
+        _plot(results, timed, out / "kernels.png")
+
+
+def _plot(results: Results, timed: Sequence[Record], file: Path) -> None:
+    """Each operation's bandwidth at each size, against that of a copy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    series = sorted({(record.op, record.backend) for record in timed})
+    for op, backend in series:
+        of_series = [r for r in timed if (r.op, r.backend) == (op, backend)]
+        axes.plot(
+            [r.num_bytes / 2**20 for r in of_series],
+            [r.gb_per_s for r in of_series],
+            "o",
+            label=f"{op}, {backend}",
+        )
+    if results.copy_bandwidth is not None:
+        axes.axhline(results.copy_bandwidth / 1e9, color="grey", label="copy on the device")
+    axes.set(xscale="log", yscale="log", xlabel="MiB read, least", ylabel="GB/s", title=results.device)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

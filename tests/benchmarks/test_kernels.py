@@ -1,0 +1,150 @@
+"""The kernels' benchmark: what it runs is right, what is wrong gets no speed-up, and bytes are counted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from speed import operations
+from speed.layer import KV_HEADS, Case, CaseError, find_misses, head_pages, make_layer, make_missing
+from speed.operations import OPERATIONS, relative_error
+from speed.results import Ratio, Record, Results, find_ratios
+
+import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = Case(batch=2, prompt=256, budget=0.5, skew=4.0)
+
+
+def record(op: str, backend: str, ms: float, num_bytes: int, right: bool = True, **sizes: object) -> Record:
+    case = asdict(Case(2, 256)) | sizes
+    return Record(op=op, backend=backend, case=case, num_bytes=num_bytes, ms=ms, error=0.0, right=right)
+
+
+def ratios(*records: Record) -> dict[str, float]:
+    results = Results(
+        device="a card", versions={}, copy_bandwidth=1e12, pinned_bandwidth=1e10, records=list(records)
+    )
+    return {ratio.what: ratio.value for ratio in find_ratios(results)}
+
+
+@pytest.mark.parametrize("tier", ["gpu", "host"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_is_right(op: str, tier: str) -> None:
+    case = Case(2, 256, 0.5, dynamic=0.5, tier=tier, missed=0.3)
+    measured = kernels._measure(op, "triton", case, DEVICE, check=True)
+    assert (measured.right, measured.missing) == (True, None)
+    assert measured.num_bytes > 0
+    assert (measured.ms is None) == (DEVICE.type == "cpu")
+
+
+def test_what_is_wrong_or_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = operations.extent_decode
+
+    def wrong(*args: object) -> None:
+        real(*args)
+        if args[-1] == "triton":
+            args[2][0, 0, 0] += 1  # type: ignore[index]
+
+    monkeypatch.setattr(operations, "extent_decode", wrong)
+    assert kernels._measure("decode", "triton", SMALL, DEVICE, check=True).right is False
+
+    def idle(*args: object) -> None:
+        if args[-1] == "torch":
+            real(*args)
+
+    monkeypatch.setattr(operations, "extent_decode", idle)
+    measured = kernels._measure("decode", "triton", SMALL, DEVICE, check=True)
+    assert (measured.right, measured.error) == (False, float("inf"))
+
+
+@pytest.mark.parametrize("missed", [0.01, 0.4])
+def test_a_step_misses_as_many_chunks_as_asked(missed: float) -> None:
+    layer = make_layer(Case(2, 512, 0.6, dynamic=0.5, missed=missed), DEVICE, seed=1)
+    hot = int(layer.compressed.extents[0, 0, 0, 1]) // 16
+    for _ in range(2):
+        misses = find_misses(layer)
+        before = layer.work.counters.clone()
+        make_missing(layer, misses)
+        layer.run_recall("torch")
+        found, missing = (layer.work.counters - before).tolist()
+        # Each recalling head of each row: its share, at least one chunk.
+        assert missing == 4 * max(1, round(missed * hot)) == misses.slot.numel()
+        assert found + missing == 4 * hot
+    assert torch.equal(layer.pool[misses.page], layer.copy().pool[misses.page])
+
+
+def test_pages_of_heads_fill_the_budget() -> None:
+    pruned, hot = head_pages(Case(1, 4096, 0.25, skew=8.0, dynamic=0.5), landmark_pages=20, position_pages=3)
+    assert len(pruned) == KV_HEADS // 2
+    assert pruned[0] / pruned[1] == pytest.approx(8, rel=0.1)
+    used = 3 + sum(pruned) + 2 * (20 + hot)
+    assert used == 4 * 64
+    with pytest.raises(CaseError, match="larger budget"):
+        head_pages(Case(1, 4096, 0.05, dynamic=0.5), landmark_pages=20, position_pages=3)
+    with pytest.raises(CaseError, match="multiple of 16"):
+        Case(1, 100)
+
+
+def test_speed_is_compared_within_the_run_and_only_where_results_are_right() -> None:
+    ours = record("decode", "triton", ms=2.0, num_bytes=10**9)
+    rivals = (
+        record("dense", "triton", ms=12.0, num_bytes=8 * 10**9),
+        record("dense", "sdpa", ms=30.0, num_bytes=8 * 10**9),
+        record("dense", "fa3", ms=10.0, num_bytes=8 * 10**9),
+        record("dense", "flashinfer", ms=1.0, num_bytes=8 * 10**9, right=False),
+        record("dense", "fa3", ms=1.0, num_bytes=10**9, prompt=512),
+    )
+    found = ratios(ours, *rivals)
+    assert found["bytes of the full cache / of decode"] == 8
+    assert found["decode: speed against fa3 on all"] == 5
+    assert found["decode: bytes over time / bandwidth of a copy"] == pytest.approx(0.5)
+    wrong = ratios(ours.model_copy(update={"right": False}), *rivals)
+    assert [what for what in wrong if what.startswith("decode")] == []
+    unchecked = ratios(ours.model_copy(update={"right": None}), *rivals)
+    assert [what for what in unchecked if what.startswith("decode")] == []
+
+
+def test_the_share_of_recall_and_the_link_of_the_tier() -> None:
+    sizes = {"dynamic": 0.5, "tier": "host"}
+    attention = record("decode", "triton", 2.0, 10**9, **sizes)
+    step = record("step", "triton", 4.0, 10**9, **sizes)
+    gather = record("gather", "triton", 1.0, 8 * 10**6, **sizes)
+    found = ratios(attention, step, gather)
+    assert found["step: share of recall, interval 1"] == pytest.approx(0.5)
+    assert found["step: share of recall, interval 4"] == pytest.approx(0.2)
+    # 8 MB in a millisecond over a link of 10 GB/s.
+    assert found["gather: bytes over time / bandwidth of a copy"] == pytest.approx(0.8)
+
+
+def test_relative_error_takes_nothing_for_right_that_is_not_a_number() -> None:
+    assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) == 0
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 8.0])) == pytest.approx(5 / 8)
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["kernels.py", "--op", "dense,decode", "--batch", "1", "--prompt", "256", "--budget", "0.25"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--dynamic", "0", "--skew", "2", "--out", str(tmp_path)])
+    assert kernels.main() == 0
+    printed = capsys.readouterr().out
+    assert "bytes of the full cache" in printed.replace("\n", " ")
+    written = Results.model_validate_json((tmp_path / "kernels.json").read_text())
+    done = {(r.op, r.backend) for r in written.records if r.missing is None}
+    assert done >= {("dense", "triton"), ("dense", "sdpa"), ("decode", "triton")}
+    assert all(r.right for r in written.records if r.missing is None)
+    saved = Ratio.model_validate(json.loads((tmp_path / "kernels.json").read_text())["ratios"][0])
+    assert 3.7 < saved.value < 4.2
+    with (tmp_path / "kernels.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(written.records)
+
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--op", "decoding"])
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main()
+    assert "unknown: decoding (operations: dense, decode" in capsys.readouterr().err
