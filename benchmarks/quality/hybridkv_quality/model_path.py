@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def model_folder() -> Path:
-    """A folder that vLLM and Transformers load: a Qwen2.5-VL of 2 million parameters that reads dominoes."""
+    """A folder that vLLM and Transformers load: a Qwen2.5-VL of 3 million parameters that reads dominoes."""
     return Path(__file__).parent / "model"

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from hybridkv_quality.intervals import Estimate
 from hybridkv_quality.records import HeadsExample
@@ -62,13 +62,18 @@ def accuracy_by_memory(results: Results, file: Path) -> None:
             color="black" if policy == FULL else f"C{number % 10}",
         )
     axes.set_xscale("log")
+    # Budgets are few: each has its own tick, where the default's labels would run into each other.
+    held = {f"{x:.3g}" for c in results.conditions if (x := _held(c, in_bytes))}
+    axes.set_xticks([float(x) for x in held])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     unit = "MiB" if in_bytes else "share of the uncompressed prompt's"
     axes.set_xlabel(f"KV cache held on the GPU while decoding, mean a prompt ({unit})")
     axes.set_ylim(-3, 103)
     axes.set_ylabel("accuracy in %, mean over tasks")
     axes.set_title(f"{len(results.tasks())} tasks; bars: 95% intervals, bootstrap over contexts")
     if axes.has_data():
-        axes.legend()
+        figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     _save(figure, file)
 
@@ -96,7 +101,7 @@ def accuracy_by_task(
     axes.set_ylabel("accuracy in %")
     axes.set_ylim(0, 105)
     axes.set_title(f"Tasks at budget {budget:g}; bars: 95% intervals")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     _save(figure, file)
 
 
@@ -127,7 +132,8 @@ def accuracy_by_hop(results: Results, task: str, file: Path) -> None:
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.3)
     all_axes[0][0].set_ylabel("right in %")
-    all_axes[0][-1].legend()
+    handles, labels = all_axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(f"{task}: right at each word")
     _save(figure, file)
 
