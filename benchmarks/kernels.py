@@ -13,9 +13,9 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,13 +23,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from hybridkv_kernels.recall.layout import LandmarkKind
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
 from speed.layer import Case, CaseError, make_layer
-from speed.operations import OPERATIONS, TOLERANCE, Prepared, relative_error
-from speed.results import Record, Results, begin, find_ratios, write
+from speed.operations import OPERATIONS, TOLERANCE, relative_error
+from speed.results import Record, Results, begin, find_ratios, plot, write
 from speed.rivals import RIVALS
 
 SEED = 0
@@ -37,8 +38,16 @@ NEED_GPU = frozenset(RIVALS) - {"sdpa"}
 PINNED_BYTES = 256 * 2**20
 
 
-def _numbers(kind: type) -> object:
-    return lambda text: [kind(part) for part in text.split(",")]
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _arguments(on_gpu: bool) -> argparse.Namespace:
@@ -46,22 +55,24 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = sorted({name for operation in OPERATIONS.values() for name in operation.backends})
-    parser.add_argument("--op", default=",".join(OPERATIONS), help="what to time (default: %(default)s)")
-    parser.add_argument("--backends", default=",".join(b for b in known if b != "torch"), help="who does it")
-    parser.add_argument("--no-refcheck", action="store_true", help="check nothing, and report no speed-up")
-    parser.add_argument("--batch", type=_numbers(int), default=[8, 32] if on_gpu else [2])
-    parser.add_argument("--prompt", type=_numbers(int), default=[8192, 32768] if on_gpu else [512])
-    parser.add_argument("--budget", type=_numbers(float), default=[0.1] if on_gpu else [0.5])
-    parser.add_argument("--skew", type=_numbers(float), default=[1.0, 16.0] if on_gpu else [4.0])
+    parser.add_argument("--op", type=_names, default=list(OPERATIONS), help="what to time, of %(default)s")
     parser.add_argument(
-        "--dynamic", type=_numbers(float), default=[0.0, 0.5], help="share of heads that recall"
+        "--backends",
+        type=_names,
+        default=[backend for backend in known if backend != "torch"],
+        help="who does it, of %(default)s and torch",
     )
-    parser.add_argument("--tier", type=lambda text: text.split(","), default=["gpu"], help="gpu, host")
+    parser.add_argument("--no-refcheck", action="store_true", help="check nothing, and report no speed-up")
+    parser.add_argument("--batch", type=_whole_numbers, default=[8, 32] if on_gpu else [2])
+    parser.add_argument("--prompt", type=_whole_numbers, default=[8192, 32768] if on_gpu else [512])
+    parser.add_argument("--budget", type=_numbers, default=[0.1] if on_gpu else [0.5])
+    parser.add_argument("--skew", type=_numbers, default=[1.0, 16.0] if on_gpu else [4.0])
+    parser.add_argument("--dynamic", type=_numbers, default=[0.0, 0.5], help="share of heads that recall")
+    parser.add_argument("--tier", type=_names, default=["gpu"], help="gpu, host")
     parser.add_argument("--missed", type=float, default=0.03, help="share of chosen chunks fetched in a step")
-    parser.add_argument("--landmark", default="sketch2")
+    parser.add_argument("--landmark", choices=get_args(LandmarkKind), default="sketch2")
     parser.add_argument("--out", type=Path, help="folder for kernels.json, kernels.csv and kernels.png")
     args = parser.parse_args()
-    args.op, args.backends = args.op.split(","), args.backends.split(",")
     unknown = [name for name in args.op if name not in OPERATIONS]
     unknown += [name for name in args.backends if name not in known]
     if unknown:
@@ -78,39 +89,48 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def _case_of(op: str, case: Case) -> Case:
     """The case without what makes no difference to an operation."""
-    return Case(case.batch, case.prompt, budget=1.0, skew=1.0) if op == "dense" else case
+    if op == "dense":
+        return Case(case.batch, case.prompt, budget=1.0, skew=1.0)
+    return case if case.recalling else replace(case, tier=Case.tier)
 
 
 def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:
     """One record; a backend that is not there, or does not take the size, says so in it."""
-    prepare = OPERATIONS[op].prepare
     record = Record(op=op, backend=backend, case=asdict(case), num_bytes=0)
     if backend in NEED_GPU and device.type != "cuda":
         record.missing = "needs a GPU"
         return record
-    layer = make_layer(case, device, SEED)
-    expected: Prepared | None = None
-    if check:
-        expected = prepare(layer.copy(), "torch")
-        expected.poison()
-        expected.run()
     try:
-        prepared = prepare(layer, backend)
-        record.num_bytes = prepared.num_bytes
-        prepared.poison()
-        prepared.run()
+        _fill(record, case, device, check)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         # Rivals come in many versions: what one refuses must not cost the others their turn.
+        if backend not in RIVALS:
+            raise
         record.missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return record
-    if expected is not None:
-        record.error = relative_error(prepared.result(), expected.result())
-        record.right = record.error <= TOLERANCE
-        del expected
-    others = range(1, sets_needed(prepared.num_bytes, device))
-    sets = [prepared, *(prepare(make_layer(case, device, SEED + number), backend) for number in others)]
-    record.ms = milliseconds([one.run for one in sets], device)
     return record
+
+
+def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None:
+    """Runs, checks and times."""
+    prepare = OPERATIONS[record.op].prepare
+    layer = make_layer(case, device, SEED)
+    reference = prepare(layer.copy(), "torch") if check else None
+    prepared = prepare(layer, record.backend)
+    record.num_bytes = prepared.num_bytes
+    for one in (reference, prepared):
+        if one is not None:
+            one.poison()
+            one.run()
+    if reference is not None:
+        record.error = relative_error(prepared.result(), reference.result())
+        record.right = record.error <= TOLERANCE
+        del one, reference
+    others = range(1, sets_needed(prepared.num_bytes, device))
+    sets = [
+        prepared,
+        *(prepare(make_layer(case, device, SEED + number), record.backend) for number in others),
+    ]
+    record.ms = milliseconds([one.run for one in sets], device)
 
 
 def _size(case: dict[str, Any]) -> str:
@@ -149,23 +169,26 @@ def main() -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     console = Console()
     results = begin(device, copy_bandwidth(device), pinned_bandwidth(PINNED_BYTES, device))
-    todo = dict.fromkeys(
-        (op, backend, _case_of(op, case))
-        for case in _cases(args)
-        for op in args.op
-        for backend in args.backends
-        if backend in OPERATIONS[op].backends and (case.recalling or not OPERATIONS[op].recalls)
-    )
     try:
+        todo = dict.fromkeys(
+            (op, backend, _case_of(op, case))
+            for case in _cases(args)
+            for op in args.op
+            for backend in args.backends
+            if backend in OPERATIONS[op].backends and (case.recalling or not OPERATIONS[op].recalls)
+        )
         for op, backend, case in track(list(todo), console=console, disable=not console.is_terminal):
             results.records.append(_measure(op, backend, case, device, not args.no_refcheck))
+            results.ratios = list(find_ratios(results))
+            if args.out is not None:
+                # After each: a lent machine's time may end before the grid does.
+                write(results, args.out)
     except CaseError as error:
         print(f"kernels.py: {error}", file=sys.stderr)
         return 2
-    results.ratios = list(find_ratios(results))
     _print(results, console)
     if args.out is not None:
-        write(results, args.out)
+        plot(results, args.out)
     return int(any(record.right is False for record in results.records))
 
 

@@ -31,5 +31,9 @@ if python3 -c 'import vllm' 2>/dev/null; then
   python3 benchmarks/host_tier.py 2>&1 | tee "$OUT/host_tier_benchmark.log" | tail -n 20
   [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
   cp benchmarks/results/host_tier.json "$OUT/" 2>/dev/null
+  # Every decode kernel against the card's bandwidth and other libraries; files appear as it goes on.
+  echo "== benchmarks/kernels.py"
+  python3 benchmarks/kernels.py --batch 32 --skew 16 --tier gpu,host --out "$OUT/kernels" 2>&1 | tee "$OUT/kernels_benchmark.log" | tail -n 60
+  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 fi
 exit $status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -130,7 +130,7 @@ def _best(results: Results, op: str, case: dict[str, Any], *, rivals: bool) -> R
 
 
 def write(results: Results, out: Path) -> None:
-    """`kernels.json`, `kernels.csv` and, where there are times, `kernels.png`."""
+    """`kernels.json` and `kernels.csv`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.json").write_text(results.model_dump_json(indent=1) + "\n")
     with (out / "kernels.csv").open("w", newline="") as file:
@@ -142,13 +142,13 @@ def write(results: Results, out: Path) -> None:
             writer.writerow(
                 [r.op, r.backend, *sizes, r.num_bytes, r.ms, r.gb_per_s, r.error, r.right, r.missing]
             )
+
+
+def plot(results: Results, out: Path) -> None:
+    """`kernels.png`, where there are times: each operation's bandwidth, against that of a copy."""
     timed = [record for record in results.records if record.gb_per_s is not None and record.right]
-    if timed:
-        _plot(results, timed, out / "kernels.png")
-
-
-def _plot(results: Results, timed: Sequence[Record], file: Path) -> None:
-    """Each operation's bandwidth at each size, against that of a copy."""
+    if not timed:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,5 +169,5 @@ def _plot(results: Results, timed: Sequence[Record], file: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="MiB read, least", ylabel="GB/s", title=results.device)
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(out / "kernels.png", dpi=150)
     pyplot.close(figure)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import load
 from speed import operations
 from speed.layer import KV_HEADS, Case, CaseError, find_misses, head_pages, make_layer, make_missing
 from speed.operations import OPERATIONS, relative_error
-from speed.results import Ratio, Record, Results, find_ratios
+from speed.results import Ratio, Record, Results, find_ratios, plot
 
-import kernels
-
+kernels = load("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Case(batch=2, prompt=256, budget=0.5, skew=4.0)
 
@@ -121,6 +121,15 @@ def test_the_share_of_recall_and_the_link_of_the_tier() -> None:
     assert found["gather: bytes over time / bandwidth of a copy"] == pytest.approx(0.8)
 
 
+def test_times_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    results = Results(device="a card", versions={}, copy_bandwidth=1e12, pinned_bandwidth=1e10)
+    plot(results, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    results.records.append(record("decode", "triton", ms=2.0, num_bytes=10**9))
+    plot(results, tmp_path)
+    assert (tmp_path / "kernels.png").stat().st_size > 5000
+
+
 def test_relative_error_takes_nothing_for_right_that_is_not_a_number() -> None:
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) == 0
     assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 8.0])) == pytest.approx(5 / 8)
@@ -144,6 +153,9 @@ def test_the_command_writes_what_it_prints(
     with (tmp_path / "kernels.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(written.records)
 
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--prompt", "100"])
+    assert kernels.main() == 2
+    assert "a prompt has a multiple of 16 tokens, not 100" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["kernels.py", "--op", "decoding"])
     with pytest.raises(SystemExit, match="2"):
         kernels.main()

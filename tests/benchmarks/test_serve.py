@@ -1,0 +1,135 @@
+"""Stock vLLM against hybridkv over HTTP: the conversations, the figures, and a small run of it all."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scripts import load
+from serving.clients import Answer, Played
+from serving.figures import OURS, STOCK, Comparison, Figures, Report, compare, figures_of
+from serving.trace import CELL, Kind, make_trace
+
+serve = load("serve")
+
+
+def pictures(kind: Kind, tokens: int, seed: int = 0) -> list[list[Image.Image]]:
+    shown = []
+    for conversation in make_trace(kind, 2, tokens, seed):
+        urls = conversation.turns[0].pictures
+        data = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in urls]
+        shown.append([Image.open(io.BytesIO(content)) for content in data])
+    return shown
+
+
+def changed(one: Image.Image, other: Image.Image) -> float:
+    return float((np.asarray(one) != np.asarray(other)).any(-1).mean())
+
+
+@pytest.mark.parametrize("tokens", [300, 1536, 32768])
+@pytest.mark.parametrize("kind", ["images", "video", "chat"])
+def test_conversations_have_about_the_tokens_asked_for(kind: Kind, tokens: int) -> None:
+    for shown in pictures(kind, tokens):
+        visual = sum(picture.width * picture.height for picture in shown) / CELL**2
+        assert visual == pytest.approx(tokens, rel=0.1)
+        assert all(side % CELL == 0 for picture in shown for side in picture.size)
+
+
+def test_conversations_differ_and_can_be_repeated() -> None:
+    first, second = pictures("images", 600)
+    assert changed(first[0], second[0]) > 0.2
+    assert changed(first[0], first[1]) > 0.2
+    assert changed(first[0], pictures("images", 600)[0][0]) == 0
+    assert changed(first[0], pictures("images", 600, seed=1)[0][0]) > 0.2
+    frames = np.mean([changed(*pair) for shown in pictures("video", 600) for pair in pairwise(shown)])
+    assert 0 < frames < 0.5
+    turns = [len(conversation.turns) for conversation in make_trace("chat", 1, 300, 0)]
+    assert turns == [2]
+
+
+def answer(sent: float, *times: float, error: str = "") -> Answer:
+    return Answer(sent, list(times), prompt_tokens=100, tokens=len(times), error=error)
+
+
+def test_figures_are_of_what_was_answered() -> None:
+    played = Played(
+        [answer(0, 1, 2, 3, 4), answer(0, 2, 4, 5, 6), answer(1, error="full")], seconds=8, most_running=2
+    )
+    figures = figures_of(OURS, "batch", 2, played, first_token=1.5, each_token=1.0)
+    assert (figures.answers, figures.failed, figures.most_running) == (2, 1, 2)
+    assert figures.tokens_per_second == 1
+    assert figures.first_token_p50 == 1.5
+    # Both decode from 2 to 4 s: tokens at 3, 4 and at 4.
+    assert figures.ms_per_token == pytest.approx(1e3 * 2 * 2 / 3)
+    # The second came too late, and slowly.
+    assert figures.goodput == pytest.approx(1 / 8)
+    apart = Played([answer(0, 1, 2), answer(5, 6, 7)], seconds=7, most_running=1)
+    assert figures_of(STOCK, "batch", 1, apart, 9, 9).ms_per_token is None
+    with pytest.raises(RuntimeError, match="no answer at all: full"):
+        figures_of(STOCK, "chat", 1, Played([answer(0, error="full")], 1, 0), 9, 9)
+
+
+def test_comparisons_are_above_one_where_we_are_ahead() -> None:
+    played = Played([answer(0, 1, 2, 3)], seconds=4, most_running=2)
+    stock = figures_of(STOCK, "video", 8, played, 9, 9)
+    ours = stock.model_copy(
+        update={"server": OURS, "most_running": 6, "ms_per_token": 500.0, "first_token_p50": 2.0}
+    )
+    other = stock.model_copy(update={"server": OURS, "clients": 9})
+    found = {c.what: c.value for c in compare([stock, ours, other])}
+    assert found["most_running"] == 3
+    assert found["ms_per_token"] == 2
+    assert found["first_token_p50"] == 0.5
+    assert found["tokens_per_second"] == 1
+
+
+def test_arguments_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (["--scenarios", "batch,films"], "unknown scenario: films (known: batch, images, video, chat)"),
+        (["--clients", "8", "--prompts-in-memory", "4"], "more at once than --prompts-in-memory"),
+    ):
+        monkeypatch.setattr("sys.argv", ["serve.py", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            serve.main()
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_more_requests_run_at_once_in_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["serve.py", "--scenarios", "batch,chat", "--requests", "7", "--prompt-tokens", "1200"]
+    arguments += [
+        "--prompts-in-memory",
+        "2",
+        "--clients",
+        "2",
+        "--answer-tokens",
+        "40",
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert serve.main() == 0
+    report = Report.model_validate_json((tmp_path / "serve.json").read_text())
+    by_name: dict[tuple[str, str], Figures] = {(f.server, f.scenario): f for f in report.figures}
+    assert set(by_name) == {(server, scenario) for server in (STOCK, OURS) for scenario in ("batch", "chat")}
+    assert all(f.failed == 0 and f.prompt_tokens > 1100 for f in report.figures)
+    assert [by_name[name, "chat"].answers for name in (STOCK, OURS)] == [14, 14]
+    assert by_name[STOCK, "chat"].most_running == 2
+    assert by_name[OURS, "chat"].most_running >= 4
+    ratio = next(c for c in report.comparisons if (c.scenario, c.what) == ("chat", "most_running"))
+    assert ratio == Comparison(
+        scenario="chat", clients=8, what="most_running", value=by_name[OURS, "chat"].most_running / 2
+    )
+    with (tmp_path / "serve.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(report.figures)
+    assert (tmp_path / "serve.png").stat().st_size > 5000
