@@ -129,7 +129,7 @@ def _print(report: Report, console: Console) -> None:
             str(f.failed),
             f"{f.prompt_tokens:.0f}",
             f"{f.tokens_per_second:.1f}",
-            str(f.most_running),
+            str(f.decoding_at_once),
             "-" if f.ms_per_token is None else f"{f.ms_per_token:.1f}",
             f"{f.first_token_p50:.2f}",
             f"{f.first_token_p99:.2f}",

@@ -1,9 +1,8 @@
-"""Plays conversations against a server, and watches meanwhile how many it decodes."""
+"""Plays conversations against a server, and notes when each token came."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,6 @@ import httpx
 from openai import AsyncOpenAI, OpenAIError
 
 from serving.trace import Conversation
-
-SAMPLE_SECONDS = 0.1
-_RUNNING = re.compile(r"^vllm:num_requests_running(?:\{[^}]*\})? ([0-9.e+-]+)$", re.MULTILINE)
 
 
 @dataclass
@@ -48,11 +44,10 @@ class Answer:
 
 @dataclass
 class Played:
-    """What a run of conversations gave: answers in the order of sending, seconds, most requests at once."""
+    """What a run of conversations gave: answers in the order of sending, and seconds from first to last."""
 
     answers: list[Answer]
     seconds: float
-    most_running: int
 
 
 async def play(
@@ -81,26 +76,11 @@ async def play(
                     return
                 messages.append({"role": "assistant", "content": text})
 
-    done = asyncio.Event()
-    watching = asyncio.create_task(_most_running(url, done))
     try:
         await asyncio.gather(*(converse(conversation) for conversation in conversations))
-        seconds = time.monotonic() - began
     finally:
-        done.set()
         await client.close()
-    return Played(answers, seconds, await watching)
-
-
-async def _most_running(url: str, done: asyncio.Event) -> int:
-    """The most requests that ran at once until `done`, of what `/metrics` says now and then."""
-    most = 0
-    async with httpx.AsyncClient(timeout=60) as client:
-        while not done.is_set():
-            found = _RUNNING.findall((await client.get(url + "/metrics")).text)
-            most = max(most, round(sum(float(value) for value in found)))
-            await asyncio.sleep(SAMPLE_SECONDS)
-    return most
+    return Played(answers, time.monotonic() - began)
 
 
 async def _ask(

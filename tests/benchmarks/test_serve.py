@@ -58,32 +58,40 @@ def answer(sent: float, *times: float, error: str = "") -> Answer:
 
 
 def test_figures_are_of_what_was_answered() -> None:
-    played = Played(
-        [answer(0, 1, 2, 3, 4), answer(0, 2, 4, 5, 6), answer(1, error="full")], seconds=8, most_running=2
-    )
+    played = Played([answer(0, 1, 2, 3, 4), answer(0, 2, 4, 5, 6), answer(1, error="full")], seconds=8)
     figures = figures_of(OURS, "batch", 2, played, first_token=1.5, each_token=1.0)
-    assert (figures.answers, figures.failed, figures.most_running) == (2, 1, 2)
+    assert (figures.answers, figures.failed, figures.decoding_at_once) == (2, 1, 2)
     assert figures.tokens_per_second == 1
     assert figures.first_token_p50 == 1.5
     # Both decode from 2 to 4 s: tokens at 3, 4 and at 4.
     assert figures.ms_per_token == pytest.approx(1e3 * 2 * 2 / 3)
     # The second came too late, and slowly.
     assert figures.goodput == pytest.approx(1 / 8)
-    apart = Played([answer(0, 1, 2), answer(5, 6, 7)], seconds=7, most_running=1)
+    apart = Played([answer(0, 1, 2), answer(5, 6, 7)], seconds=7)
     assert figures_of(STOCK, "batch", 1, apart, 9, 9).ms_per_token is None
     with pytest.raises(RuntimeError, match="no answer at all: full"):
-        figures_of(STOCK, "chat", 1, Played([answer(0, error="full")], 1, 0), 9, 9)
+        figures_of(STOCK, "chat", 1, Played([answer(0, error="full")], 1), 9, 9)
+
+
+def test_an_answer_that_waits_is_not_being_decoded() -> None:
+    steady = answer(0, *range(1, 21))
+    preempted = answer(0, 1, 2, 3, 18, 19, 20)
+    late = answer(0, *range(8, 15))
+    assert figures_of(STOCK, "chat", 3, Played([steady, late, preempted], 20), 9, 9).decoding_at_once == 2
+    assert figures_of(STOCK, "chat", 3, Played([steady, late, steady], 20), 9, 9).decoding_at_once == 3
+    next_one = answer(0, *(time + 0.5 for time in range(20, 30)))
+    assert figures_of(STOCK, "chat", 3, Played([steady, late, next_one], 30), 9, 9).decoding_at_once == 2
 
 
 def test_comparisons_are_above_one_where_we_are_ahead() -> None:
-    played = Played([answer(0, 1, 2, 3)], seconds=4, most_running=2)
+    played = Played([answer(0, 1, 2, 3)], seconds=4)
     stock = figures_of(STOCK, "video", 8, played, 9, 9)
     ours = stock.model_copy(
-        update={"server": OURS, "most_running": 6, "ms_per_token": 500.0, "first_token_p50": 2.0}
+        update={"server": OURS, "decoding_at_once": 3, "ms_per_token": 500.0, "first_token_p50": 2.0}
     )
     other = stock.model_copy(update={"server": OURS, "clients": 9})
     found = {c.what: c.value for c in compare([stock, ours, other])}
-    assert found["most_running"] == 3
+    assert found["decoding_at_once"] == 3
     assert found["ms_per_token"] == 2
     assert found["first_token_p50"] == 0.5
     assert found["tokens_per_second"] == 1
@@ -124,11 +132,11 @@ def test_more_requests_run_at_once_in_the_same_memory(
     assert set(by_name) == {(server, scenario) for server in (STOCK, OURS) for scenario in ("batch", "chat")}
     assert all(f.failed == 0 and f.prompt_tokens > 1100 for f in report.figures)
     assert [by_name[name, "chat"].answers for name in (STOCK, OURS)] == [14, 14]
-    assert by_name[STOCK, "chat"].most_running == 2
-    assert by_name[OURS, "chat"].most_running >= 4
-    ratio = next(c for c in report.comparisons if (c.scenario, c.what) == ("chat", "most_running"))
+    assert by_name[STOCK, "chat"].decoding_at_once == 2
+    assert by_name[OURS, "chat"].decoding_at_once >= 4
+    ratio = next(c for c in report.comparisons if (c.scenario, c.what) == ("chat", "decoding_at_once"))
     assert ratio == Comparison(
-        scenario="chat", clients=8, what="most_running", value=by_name[OURS, "chat"].most_running / 2
+        scenario="chat", clients=8, what="decoding_at_once", value=by_name[OURS, "chat"].decoding_at_once / 2
     )
     with (tmp_path / "serve.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(report.figures)
