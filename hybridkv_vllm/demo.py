@@ -24,7 +24,7 @@ from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
 
 BUDGET = 0.10
-PROMPT_TOKENS = 1280
+PROMPT_TOKENS = 2048
 MODEL_NAME = "dominoes"
 SERVER_ARGUMENTS = (
     "--attention-backend",
