@@ -141,3 +141,19 @@ def test_training_lowers_the_loss_and_can_go_on(tmp_path: Path, monkeypatch: pyt
     assert [point["step"] for point in curve if "step" in point] == [4, 8, 12, 16]
     assert curve[-1]["loss"] < curve[1]["loss"]
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 25 * 2**20
+
+
+def test_training_goes_on_from_the_model_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "STEP_TOKENS", 600)
+    monkeypatch.setattr(train, "REPORT_EVERY", 1)
+    shipped = json.loads(train.SHIPPED_CURVE.read_text())
+    last = shipped[-1]["step"]
+    arguments = ["train.py", "--out", str(tmp_path), "--threads", "1", "--shipped", "--steps", str(last + 3)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train.main()
+    curve = json.loads((tmp_path / train.CURVE).read_text())
+    assert curve[: len(shipped)] == shipped
+    assert [point["step"] for point in curve[len(shipped) :]] == [last + 1, last + 2, last + 3]
+    # One that knows nothing guesses among more than a hundred words.
+    assert curve[-1]["loss"] < 1
+    assert curve[-1]["tokens"] == shipped[-1]["tokens"]
