@@ -24,13 +24,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hybridkv_kernels.recall.layout import LandmarkKind
+from hybridkv_quality.environment import environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
 from speed.layer import Case, CaseError, make_layer
 from speed.operations import OPERATIONS, TOLERANCE, relative_error
-from speed.results import Record, Results, begin, find_ratios, plot, write
+from speed.results import Record, Results, find_ratios, plot, write
 from speed.rivals import RIVALS
 
 SEED = 0
@@ -139,7 +140,7 @@ def _size(case: dict[str, Any]) -> str:
 
 
 def _print(results: Results, console: Console) -> None:
-    table = Table("op", "backend", "size", "MiB", "ms", "GB/s", "error", title=results.device)
+    table = Table("op", "backend", "size", "MiB", "ms", "GB/s", "error", title=results.environment.device)
     for record in results.records:
         if record.missing:
             continue
@@ -168,7 +169,11 @@ def main() -> int:
     args = _arguments(on_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     console = Console()
-    results = begin(device, copy_bandwidth(device), pinned_bandwidth(PINNED_BYTES, device))
+    results = Results(
+        environment=environment(),
+        copy_bandwidth=copy_bandwidth(device),
+        pinned_bandwidth=pinned_bandwidth(PINNED_BYTES, device),
+    )
     try:
         todo = dict.fromkeys(
             (op, backend, _case_of(op, case))

@@ -1,7 +1,7 @@
 """Stock vLLM against hybridkv: the same model, KV memory and conversations about pictures, over HTTP.
 
 `batch` asks for as many answers as --clients at once, and says how long a token takes while all decode;
-`pressure` sends --requests conversations of each kind with more clients than stock's memory has room for.
+`images`, `video` and `chat` send --requests conversations with more clients than stock's memory has room for.
 
     python benchmarks/serve.py --out /tmp/serve                      # the small model, on whatever is there
     python benchmarks/serve.py --model Qwen/Qwen2.5-VL-7B-Instruct --load-format dummy --clients 1,32 \\
@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from serving.clients import play
 from serving.figures import OURS, STOCK, Figures, Report, compare, figures_of, plot, write
-from serving.trace import KINDS, make_trace
+from serving.trace import KINDS, Kind, make_trace
 
 from hybridkv_vllm.server import Server, ServerFailed, serve
 
 NAME = "model"
+BATCH = "batch"
 # Of a conversation beside its pictures and answers: questions and the chat template.
 OTHER_TOKENS = 128
 PRESSURE = 4
@@ -48,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load-format", default="auto", help="`dummy` for random weights")
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default="host")
-    parser.add_argument("--scenarios", default=f"batch,{','.join(KINDS)}", help="of %(default)s")
+    parser.add_argument("--scenarios", default=f"{BATCH},{','.join(KINDS)}", help="of %(default)s")
     parser.add_argument("--clients", type=_whole_numbers, default=[2], help="of `batch` (default: 2)")
     parser.add_argument("--requests", type=int, default=12, help="conversations under pressure, of each kind")
     parser.add_argument(
@@ -64,9 +65,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for serve.json, serve.csv, serve.png and logs")
     args = parser.parse_args()
     args.scenarios = args.scenarios.split(",")
-    if unknown := set(args.scenarios) - {"batch", *KINDS}:
-        parser.error(f"unknown scenario: {', '.join(sorted(unknown))} (known: batch, {', '.join(KINDS)})")
-    if max(args.clients) > args.prompts_in_memory and "batch" in args.scenarios:
+    if unknown := set(args.scenarios) - {BATCH, *KINDS}:
+        parser.error(f"unknown scenario: {', '.join(sorted(unknown))} (known: {BATCH}, {', '.join(KINDS)})")
+    if max(args.clients) > args.prompts_in_memory and BATCH in args.scenarios:
         parser.error(
             "--clients asks for more at once than --prompts-in-memory: stock vLLM could not decode them"
         )
@@ -101,18 +102,18 @@ def _server_arguments(name: str, args: argparse.Namespace) -> list[str]:
 def _measure(name: str, server: Server, args: argparse.Namespace) -> Iterator[Figures]:
     """All scenarios on one server, after a conversation that warms it up."""
 
-    def run(scenario: str, kind: str, count: int, clients: int, seed: int) -> Figures:
-        trace = list(make_trace(kind, count, args.prompt_tokens, seed))  # type: ignore[arg-type]
+    def run(scenario: str, kind: Kind, count: int, clients: int, seed: int) -> Figures:
+        trace = list(make_trace(kind, count, args.prompt_tokens, seed))
         played = asyncio.run(play(server.url, NAME, trace, clients=clients, answer_tokens=args.answer_tokens))
         return figures_of(name, scenario, clients, played, args.good_first_token, args.good_each_token)
 
     run("warm-up", "images", 1, 1, args.seed - 1)
-    for scenario in args.scenarios:
-        if scenario == "batch":
-            for clients in args.clients:
-                yield run(scenario, "images", clients, clients, args.seed)
-        else:
-            yield run(scenario, scenario, args.requests, PRESSURE * args.prompts_in_memory, args.seed)
+    if BATCH in args.scenarios:
+        for clients in args.clients:
+            yield run(BATCH, "images", clients, clients, args.seed)
+    for kind in KINDS:
+        if kind in args.scenarios:
+            yield run(kind, kind, args.requests, PRESSURE * args.prompts_in_memory, args.seed)
 
 
 def _print(report: Report, console: Console) -> None:

@@ -336,5 +336,5 @@ def find_misses(layer: Layer) -> Misses:
 def make_missing(layer: Layer, misses: Misses) -> None:
     """Lets the next choice find these chunks missing; two small launches, without a wait for the device."""
     entries = layer.pool.view(torch.int32).view(-1)
-    entries[misses.hot] = -1
-    entries[misses.cold] = misses.slot
+    entries.index_fill_(0, misses.hot, -1)
+    entries.index_copy_(0, misses.cold, misses.slot)

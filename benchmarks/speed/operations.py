@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from hybridkv_kernels.chunk_gather import chunk_gather
@@ -69,13 +70,13 @@ def _attention(layer: Layer, tables: DecodeTables, num_bytes: int, backend: Back
 
 def decode(layer: Layer, backend: str) -> Prepared:
     """Attention of compressed requests."""
-    return _attention(layer, layer.compressed, layer.compressed_bytes, _ours(backend))
+    return _attention(layer, layer.compressed, layer.compressed_bytes, cast("Backend", backend))
 
 
 def dense(layer: Layer, backend: str) -> Prepared:
     """Attention of the same requests, not compressed: ours and rivals'."""
     if backend not in RIVALS:
-        return _attention(layer, layer.ordinary, layer.ordinary_bytes, _ours(backend))
+        return _attention(layer, layer.ordinary, layer.ordinary_bytes, cast("Backend", backend))
     out = torch.full_like(layer.query, torch.nan)
     run = RIVALS[backend](layer, out)
     return Prepared(run, lambda: out, layer.ordinary_bytes, lambda: out.fill_(torch.nan))
@@ -97,7 +98,7 @@ def score(layer: Layer, backend: str) -> Prepared:
             SCALE,
             layer.landmarks,
             work,
-            backend=_ours(backend),
+            backend=cast("Backend", backend),
         )
 
     items = (layer.recall.chunk_first[:, 0] >= 0).flatten()
@@ -112,7 +113,7 @@ def score(layer: Layer, backend: str) -> Prepared:
 
 def select(layer: Layer, backend: str) -> Prepared:
     """Chunk weights to what is missing, where some is."""
-    return _select(layer, find_misses(layer), _ours(backend))
+    return _select(layer, find_misses(layer), cast("Backend", backend))
 
 
 def _select(layer: Layer, misses: Misses, backend: Backend) -> Prepared:
@@ -161,7 +162,7 @@ def gather(layer: Layer, backend: str) -> Prepared:
             0,
             layer.landmarks.layout,
             work,
-            backend=_ours(backend),
+            backend=cast("Backend", backend),
         )
 
     return Prepared(run, lambda: layer.pool[misses.page], num_bytes, lambda: _spoil(layer, misses))
@@ -177,7 +178,7 @@ def step(layer: Layer, backend: str) -> Prepared:
 
     def run() -> None:
         make_missing(layer, misses)
-        layer.run_recall(_ours(backend))
+        layer.run_recall(cast("Backend", backend))
         attention.run()
 
     def poison() -> None:
@@ -190,12 +191,6 @@ def step(layer: Layer, backend: str) -> Prepared:
 
 def _spoil(layer: Layer, misses: Misses) -> None:
     layer.pool[misses.page] = torch.nan
-
-
-def _ours(backend: str) -> Backend:
-    if backend in ("auto", "torch", "triton"):
-        return backend  # type: ignore[return-value]
-    raise ValueError(f"{backend} has no such operation")
 
 
 @dataclass(frozen=True)

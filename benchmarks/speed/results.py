@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from hybridkv_quality.environment import Environment
 from pydantic import BaseModel, Field
 
-PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "xformers", "hybridkv-vllm")
 # The rivals' attention over everything is the same work as ours; other operations have no rival.
 DENSE = "dense"
 SHIPS = "triton"
@@ -51,30 +48,13 @@ class Results(BaseModel):
     """A whole run."""
 
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    device: str
-    versions: dict[str, str]
+    environment: Environment
     copy_bandwidth: float | None = Field(
         description="Bytes a second of a copy on the device, read and write."
     )
     pinned_bandwidth: float | None = Field(description="Bytes a second of a copy from pinned host memory.")
     records: list[Record] = []
     ratios: list[Ratio] = []
-
-
-def begin(device: torch.device, copy: float | None, pinned: float | None) -> Results:
-    """Results without records."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    return Results(device=name, versions=_versions(), copy_bandwidth=copy, pinned_bandwidth=pinned)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def find_ratios(results: Results) -> Iterator[Ratio]:
@@ -166,7 +146,9 @@ def plot(results: Results, out: Path) -> None:
         )
     if results.copy_bandwidth is not None:
         axes.axhline(results.copy_bandwidth / 1e9, color="grey", label="copy on the device")
-    axes.set(xscale="log", yscale="log", xlabel="MiB read, least", ylabel="GB/s", title=results.device)
+    axes.set(
+        xscale="log", yscale="log", xlabel="MiB read, least", ylabel="GB/s", title=results.environment.device
+    )
     axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(out / "kernels.png", dpi=150)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hybridkv_quality.environment import environment
 from scripts import load
 from speed import operations
 from speed.layer import KV_HEADS, Case, CaseError, find_misses, head_pages, make_layer, make_missing
@@ -27,7 +28,10 @@ def record(op: str, backend: str, ms: float, num_bytes: int, right: bool = True,
 
 def ratios(*records: Record) -> dict[str, float]:
     results = Results(
-        device="a card", versions={}, copy_bandwidth=1e12, pinned_bandwidth=1e10, records=list(records)
+        environment=environment("a card"),
+        copy_bandwidth=1e12,
+        pinned_bandwidth=1e10,
+        records=list(records),
     )
     return {ratio.what: ratio.value for ratio in find_ratios(results)}
 
@@ -122,7 +126,7 @@ def test_the_share_of_recall_and_the_link_of_the_tier() -> None:
 
 
 def test_times_are_drawn_where_there_are_some(tmp_path: Path) -> None:
-    results = Results(device="a card", versions={}, copy_bandwidth=1e12, pinned_bandwidth=1e10)
+    results = Results(environment=environment("a card"), copy_bandwidth=1e12, pinned_bandwidth=1e10)
     plot(results, tmp_path)
     assert list(tmp_path.iterdir()) == []
     results.records.append(record("decode", "triton", ms=2.0, num_bytes=10**9))

@@ -15,7 +15,16 @@ from pydantic import BaseModel, Field
 
 from hybridkv_quality.settings import UsageError
 
-PACKAGES = ("vllm", "torch", "triton", "transformers", "numpy", "hybridkv-vllm")
+PACKAGES = (
+    "vllm",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "flashinfer-python",
+    "xformers",
+    "hybridkv-vllm",
+)
 # Weights up to here are read whole; of larger ones only names, sizes and headers.
 HASHED_BYTES = 2**30
 HEADER_BYTES = 2**16
