@@ -32,7 +32,7 @@ Rows = Sequence[Sequence[str]]
 
 def read_results(folder: Path) -> dict[str, Results]:
     """All results of evaluations by name."""
-    others = ("heads", "curve", PROFILE.stem)
+    others = ("heads", "curve", "model", PROFILE.stem)
     files = sorted(file for file in folder.glob("*.json") if file.stem not in others)
     return {file.stem: Results.model_validate_json(file.read_text()) for file in files}
 
@@ -60,7 +60,7 @@ def write_page(folder: Path, page: Path) -> None:
         profile = folder / PROFILE.name
         calibrated = HeadProfile.model_validate_json(profile.read_bytes()) if profile.exists() else None
         parts += _heads(json.loads(heads.read_text()), calibrated)
-    parts += _training(folder / "curve.json")
+    parts += _model(folder / "model.json", folder / "curve.json")
     page.write_text("\n".join(parts).rstrip() + "\n")
 
 
@@ -320,20 +320,26 @@ def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
     return [value for row in rows for value in row]
 
 
-def _training(curve: Path) -> Iterator[str]:
-    if not curve.exists():
+def _model(accuracy: Path, curve: Path) -> Iterator[str]:
+    if not accuracy.exists() or not curve.exists():
         return
+    report = json.loads(accuracy.read_text())
     points = [point for point in json.loads(curve.read_text()) if "step" in point]
-    last = points[-1]
-    yield "## The model's training"
+    lengths = list(next(iter(report["accuracy"].values())))
+    yield "## The model itself"
     yield ""
     yield (
-        f"`benchmarks/quality/training/train.py`, {last['step']} steps on a CPU; curve in "
-        "`benchmarks/results/quality/curve.json`. Share of whole answers right in the last training batches, "
-        "at the curriculum's lengths:"
+        f"Trained by `benchmarks/quality/training/train.py`, {points[-1]['step']} steps on a CPU, curve in "
+        "`benchmarks/results/quality/curve.json`. With its full cache, in % of "
+        f"{report['answers']} fresh questions a task and length (seed {report['seed']}, "
+        "`benchmarks/quality/training/accuracy.py`):"
     )
     yield ""
-    yield from _table(list(last["right"]), [[f"{value:.1%}" for value in last["right"].values()]])
+    rows = [
+        [task, *(_percent(Estimate.model_validate(by_length[tokens])) for tokens in lengths)]
+        for task, by_length in report["accuracy"].items()
+    ]
+    yield from _table(["task", *(f"{int(tokens):,} tokens" for tokens in lengths)], rows)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from hybridkv_quality.scenes import KINDS, Kind, build_scene, shape_for
 TRAINING = Path(__file__).resolve().parents[2] / "benchmarks" / "quality" / "training"
 sys.path.insert(0, str(TRAINING))
 
+import accuracy  # noqa: E402
 import batches  # noqa: E402
 import export  # noqa: E402
 import network  # noqa: E402
@@ -157,3 +158,28 @@ def test_training_goes_on_from_the_model_that_ships(tmp_path: Path, monkeypatch:
     # One that knows nothing guesses among more than a hundred words.
     assert curve[-1]["loss"] < 1
     assert curve[-1]["tokens"] == shipped[-1]["tokens"]
+
+
+def test_whole_answers_are_right_only_if_every_word_is() -> None:
+    targets = torch.tensor([[[-100, 3, 4], [-100, -100, 5]]])
+    batch = network.Batch(torch.empty(0), torch.empty(0), torch.empty(0), targets, [["", ""]])
+    said = torch.nn.functional.one_hot(torch.tensor([3, 2, 5]), 6).float()
+    assert network.whole_answers(batch, said).tolist() == [[False, True]]
+
+
+def test_accuracy_tells_the_model_that_ships_from_an_untrained_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "CLUTTER", 64)
+    for arguments, expected in (([], 1.0), (["--model", str(folder)], 0.0)):
+        out = tmp_path / "model.json"
+        arguments += ["--tokens", "128", "--answers", "20", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+        accuracy.main()
+        found = json.loads(out.read_text())["accuracy"]
+        assert list(found) == list(TASKS)
+        values = [by_length["128"]["value"] for by_length in found.values()]
+        assert sum(values) / len(values) == pytest.approx(expected, abs=0.05)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--answers", "30"])
+    with pytest.raises(SystemExit, match="2"):
+        accuracy.main()

@@ -227,3 +227,11 @@ def answer_logits(
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     wanted = language.norm(hidden)[batch.targets.flatten(1) != -100]
     return model.lm_head(wanted)
+
+
+def whole_answers(batch: Batch, logits: Tensor) -> Tensor:
+    """`[B, Q]` bool: whether every word of a question's answers is the likeliest, by `answer_logits`."""
+    asked = batch.targets != -100
+    hit = torch.ones(batch.targets.shape, dtype=torch.bool)
+    hit[asked] = logits.argmax(-1) == batch.targets[asked]
+    return hit.all(-1)

@@ -23,14 +23,25 @@ from hybridkv_quality.lexicon import GLYPHS
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.questions import TASKS
 from hybridkv_quality.scenes import ALL_NAMES, KINDS, Kind, Shape, shape_for
-from network import HIDDEN, Batch, Found, answer_logits, build_config, build_model, see, to_patches
+from network import (
+    HIDDEN,
+    Batch,
+    Found,
+    answer_logits,
+    build_config,
+    build_model,
+    see,
+    to_patches,
+    whole_answers,
+)
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vocabulary import build_tokenizer
 
 # How long scenes are at each level of the curriculum, in tokens.
 LEVELS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-# Longer scenes come the less often.
+# Scenes longer than this come the less often, the longer they are. Looking things up is learnt in short
+# scenes; getting exact in long ones takes practice there (`--often`).
 OFTEN = 768
 # A level is left when this share of the whole answers about boards is right, over its last batches.
 MASTERED, BATCHES_TO_MASTER = 0.93, 12
@@ -49,11 +60,11 @@ WEIGHTS = {
     "multi_recall": 0.7,
     "chain": 1.0,
     "second_question": 0.5,
-    "index": 1.0,
-    "order": 1.0,
+    "index": 1.5,
+    "order": 1.5,
     "count": 0.5,
     "text_needle": 1.0,
-    "picture_needle": 0.6,
+    "picture_needle": 1.5,
     "video": 0.6,
 }
 # Once its head looks at what it has to count, some steps practise counting alone, in scenes of so many
@@ -63,6 +74,9 @@ COUNTING_TOKENS = (64, 96, 128, 192, 256, 384, 512, 1024)
 # So long, heads are shown which dominoes to look at; left to themselves they find out too, but in hours.
 # What to count is shown whenever counting is practised.
 POINTING_STEPS, POINTING_WEIGHT = 10_000, 0.5
+# In scenes of so many tokens they always are: a step has one scene, and a head that looks elsewhere learns
+# nothing from it. Not in videos, whose frames show the same thing at several places.
+POINTED_TOKENS = 2048
 # Share of the scenes, where they are small enough, in which all names have one colour.
 ONE_COLOUR = 0.25
 VISION_STEPS, VISION_BATCH, VISION_CLUTTER = 1000, 224, 32
@@ -113,11 +127,12 @@ class Curriculum:
     The highest level that a kind has reached comes most often, but long scenes, which take long, seldom.
     """
 
-    def __init__(self, seed: int, levels: Mapping[Kind, int] | None = None) -> None:
+    def __init__(self, seed: int, levels: Mapping[Kind, int] | None = None, often: int = OFTEN) -> None:
         self.levels: dict[Kind, int] = dict.fromkeys(KINDS, 0) | {
             kind: min(level, len(LEVELS) - 1) for kind, level in (levels or {}).items()
         }
         self.rng = np.random.default_rng(seed)
+        self._often = often
         self._copied = 0.0
         self._right: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
 
@@ -133,7 +148,7 @@ class Curriculum:
         """Length of the next scenes."""
         reached = LEVELS[max(0, self.levels[kind] - 8) : self.levels[kind] + 1]
         chances = np.array([1.0] * (len(reached) - 1) + [max(2.0, len(reached) - 2.0)])
-        chances *= np.minimum(1, OFTEN / np.array(reached))
+        chances *= np.minimum(1, self._often / np.array(reached))
         return int(self.rng.choice(reached, p=chances / chances.sum()))
 
     def note(self, kind: Kind, tokens: int, right: float) -> None:
@@ -175,6 +190,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=RATE, help="of learning, once looking up has formed")
     parser.add_argument(
         "--settling", type=float, default=0.3, help="last share of the time, in which rates fall"
+    )
+    parser.add_argument(
+        "--often",
+        type=int,
+        default=OFTEN,
+        help="longer scenes come less often, in proportion",
     )
     parser.add_argument("--steps", type=int, help="stop there, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
@@ -220,22 +241,23 @@ class Training:
         """
         self._set_rates(number, spent)
         kind, tokens, batch = self._draw(number)
-        found = Found() if number <= POINTING_STEPS or _only_counts(batch) else None
+        shown = number <= POINTING_STEPS or (tokens >= POINTED_TOKENS and kind != "video")
+        found = Found() if shown or _only_counts(batch) else None
         # Half of fp32's time on a CPU with bfloat16 instructions; weights and optimizer stay in fp32.
         with torch.autocast("cpu", torch.bfloat16):
             logits = answer_logits(self.model, batch, found).float()
         wanted = batch.targets[batch.targets != -100]
         loss = F.cross_entropy(logits, wanted)
         self._losses.append(loss.item())
-        for shown in (found.lookups, found.tallies) if found is not None else ():
-            if shown is not None and shown.numel():
-                loss = loss - POINTING_WEIGHT * shown.mean()
+        for looked in (found.lookups, found.tallies) if found is not None else ():
+            if looked is not None and looked.numel():
+                loss = loss - POINTING_WEIGHT * looked.mean()
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
-        self._note(kind, tokens, batch, logits.argmax(-1) == wanted)
+        self._note(kind, tokens, batch, whole_answers(batch, logits))
 
     def _set_rates(self, number: int, spent: float) -> None:
         settling = min(1.0, (number - self._first + 1) / WARMUP)
@@ -255,16 +277,13 @@ class Training:
         else:
             kind = self.curriculum.kind()
             tokens = self.curriculum.tokens(kind)
-        questions = 8 if tokens < 512 else 16
+        questions = 8 if tokens < 512 else 16 if tokens < POINTED_TOKENS else 32
         scenes = max(1, STEP_TOKENS // (tokens + questions * 30))
         shape = self.curriculum.shape(kind, tokens)
         return kind, tokens, self._batches.draw(shape, scenes, questions, weights)
 
-    def _note(self, kind: Kind | None, tokens: int, batch: Batch, hits: Tensor) -> None:
-        """Takes in which words were right."""
-        hit = torch.ones(batch.targets.shape, dtype=torch.bool)
-        hit[batch.targets != -100] = hits
-        whole = hit.all(-1)
+    def _note(self, kind: Kind | None, tokens: int, batch: Batch, whole: Tensor) -> None:
+        """Takes in which answers were right, `[B, Q]`."""
         for row, names in enumerate(batch.tasks):
             for place, name in enumerate(names):
                 self._right[name].append(float(whole[row, place]))
@@ -330,7 +349,7 @@ def main() -> None:
     model.model.visual.requires_grad_(False)
     first = int(curve[-1].get("step", 0)) + 1
     batches = Batches(model, tokenizer, drawings, args.seed + first)
-    curriculum = Curriculum(args.seed + first, levels)
+    curriculum = Curriculum(args.seed + first, levels, args.often)
     training = Training(model, batches, curriculum, curve, first, args.rate, args.settling)
     if state is not None:
         training.optimizer.load_state_dict(state["optimizer"])
