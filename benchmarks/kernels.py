@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,10 +29,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
-from speed.layer import Case, CaseError, make_layer
+from speed.layer import Case, CaseError
 from speed.operations import OPERATIONS, TOLERANCE, relative_error
+from speed.prepared import Prepared
 from speed.results import Record, Results, find_ratios, plot, write
 from speed.rivals import RIVALS
+from torch import Tensor
 
 SEED = 0
 NEED_GPU = frozenset(RIVALS) - {"sdpa"}
@@ -88,13 +90,6 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
         yield Case(batch, prompt, budget, skew, dynamic, tier, args.missed, args.landmark)
 
 
-def _case_of(op: str, case: Case) -> Case:
-    """The case without what makes no difference to an operation."""
-    if op == "dense":
-        return Case(case.batch, case.prompt, budget=1.0, skew=1.0)
-    return case if case.recalling else replace(case, tier=Case.tier)
-
-
 def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:
     """One record; a backend that is not there, or does not take the size, says so in it."""
     record = Record(op=op, backend=backend, case=asdict(case), num_bytes=0)
@@ -104,34 +99,39 @@ def _measure(op: str, backend: str, case: Case, device: torch.device, check: boo
     try:
         _fill(record, case, device, check)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        # Rivals come in many versions: what one refuses must not cost the others their turn.
-        if backend not in RIVALS:
+        # Rivals come in many versions, and some operations are of vLLM's worker: what one lacks or refuses
+        # must not cost the others their turn.
+        if backend not in RIVALS and not isinstance(error, ImportError):
             raise
         record.missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return record
 
 
+def _result(prepared: Prepared) -> Tensor:
+    """What it writes, to nothing that could have been there before."""
+    prepared.poison()
+    prepared.run()
+    return prepared.result().clone()
+
+
 def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None:
     """Runs, checks and times."""
-    prepare = OPERATIONS[record.op].prepare
-    layer = make_layer(case, device, SEED)
-    reference = prepare(layer.copy(), "torch") if check else None
-    prepared = prepare(layer, record.backend)
+    make, prepare = OPERATIONS[record.op].make, OPERATIONS[record.op].prepare
+    made = make(case, device, SEED)
+    reference = prepare(made.copy(), "torch") if check else None
+    prepared = prepare(made, record.backend)
     record.num_bytes = prepared.num_bytes
-    for one in (reference, prepared):
-        if one is not None:
-            one.poison()
-            one.run()
-    if reference is not None:
-        record.error = relative_error(prepared.result(), reference.result())
+    found = [_result(one) for one in (reference, prepared) if one is not None]
+    if check:
+        record.error = relative_error(found[-1], found[0])
         record.right = record.error <= TOLERANCE
-        del one, reference
+    del found, reference
     others = range(1, sets_needed(prepared.num_bytes, device))
     sets = [
         prepared,
-        *(prepare(make_layer(case, device, SEED + number), record.backend) for number in others),
+        *(prepare(make(case, device, SEED + number), record.backend) for number in others),
     ]
-    record.ms = milliseconds([one.run for one in sets], device)
+    record.ms = milliseconds([one.run for one in sets], device, eager=prepared.eager)
 
 
 def _size(case: dict[str, Any]) -> str:
@@ -176,11 +176,11 @@ def main() -> int:
     )
     try:
         todo = dict.fromkeys(
-            (op, backend, _case_of(op, case))
+            (op, backend, OPERATIONS[op].case(case))
             for case in _cases(args)
             for op in args.op
             for backend in args.backends
-            if backend in OPERATIONS[op].backends and (case.recalling or not OPERATIONS[op].recalls)
+            if backend in OPERATIONS[op].backends and OPERATIONS[op].applies(case)
         )
         for op, backend, case in track(list(todo), console=console, disable=not console.is_terminal):
             results.records.append(_measure(op, backend, case, device, not args.no_refcheck))

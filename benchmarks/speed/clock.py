@@ -21,15 +21,22 @@ def sets_needed(num_bytes: int, device: torch.device) -> int:
     return max(1, min(MOST_SETS, -(-CACHE_FACTOR * cache // max(num_bytes, 1))))
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+def milliseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, eager: bool = False
+) -> float | None:
     """Median time of one of `calls`, which are captured together and replayed; None on a CPU.
 
     On a CPU each runs once: the interpreter's time says nothing.
+
+    Args:
+        eager: launch them from Python each time instead, which counts the launches too.
     """
     if device.type != "cuda":
         for call in calls:
             call()
         return None
+    if eager:
+        return _median(lambda: [call() for call in calls]) / len(calls)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for call in calls:
@@ -40,17 +47,23 @@ def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) ->
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    return _median(graph.replay) / len(calls)
+
+
+def _median(run: Callable[[], object]) -> float:
+    """Median milliseconds of a run, from an idle device to the last of its work."""
     for _ in range(WARMUP):
-        graph.replay()
+        run()
     times = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         begin.record()
-        graph.replay()
+        run()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return float(statistics.median(times)) / len(calls)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth(device: torch.device) -> float | None:

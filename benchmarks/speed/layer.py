@@ -203,7 +203,8 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
     """A step with random keys, values and queries, whose recalling heads hold what they will choose.
 
     Raises:
-        CaseError: see `head_pages`, or tier `host` without vLLM, which maps host memory for the device.
+        CaseError: see `head_pages`.
+        ImportError: of vLLM, which maps host memory for the device, with tier `host`.
     """
     torch.manual_seed(seed)
     landmarks = Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device, mrope(case.prompt, device))
@@ -268,10 +269,8 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
 
 def _store(case: Case, store_blocks: int, device: torch.device) -> tuple[Tensor, object]:
     """Pages of host memory as the device sees them, and their owner."""
-    try:
-        from hybridkv_vllm.worker.host_tier import HostTier
-    except ImportError as error:
-        raise CaseError(f"tier host needs vLLM ({error}); take tier gpu") from None
+    from hybridkv_vllm.worker.host_tier import HostTier
+
     page_bytes = PAGE * 2 * HEAD_SIZE * DTYPE.itemsize
     tier = HostTier.create(case.batch * store_blocks * STORE_BLOCK * page_bytes, HEAD_SIZE, DTYPE, device)
     return tier.store, tier

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from hybridkv_kernels.chunk_gather import chunk_gather
@@ -15,30 +15,16 @@ from hybridkv_kernels.extent_decode import DecodeTables, extent_decode
 from hybridkv_kernels.pages import Backend
 from torch import Tensor
 
-from speed.layer import SCALE, Layer, Misses, find_misses, make_missing
+from speed.forward import make_forward, prefill
+from speed.layer import SCALE, Case, Layer, Misses, find_misses, make_layer, make_missing
+from speed.prefill import landmarks, make_prompt, move, offload, prefill_end, window
+from speed.prepared import Prepared
 from speed.rivals import RIVALS
 
 OURS: tuple[Backend, ...] = ("triton", "torch")
 # Relative error of bf16 results, as norms.
 TOLERANCE = 1e-2
 STALE = -7
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An operation that can be repeated.
-
-    Attributes:
-        run: does it once, from the same state each time.
-        result: what `run` wrote, to compare; call it behind `run`.
-        num_bytes: of KV, landmarks or chunks that have to be read, the least.
-        poison: spoils what `run` has to write.
-    """
-
-    run: Callable[[], object]
-    result: Callable[[], Tensor]
-    num_bytes: int
-    poison: Callable[[], object]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -193,28 +179,68 @@ def _spoil(layer: Layer, misses: Misses) -> None:
     layer.pool[misses.page] = torch.nan
 
 
+def _always(case: Case) -> bool:
+    return True
+
+
+def _recalls(case: Case) -> bool:
+    return case.recalling > 0
+
+
+def _recalls_from_host(case: Case) -> bool:
+    return case.recalling > 0 and case.tier == "host"
+
+
+def _without_tier(case: Case) -> Case:
+    """Where no head recalls, the tier makes no difference."""
+    return case if case.recalling else replace(case, tier=Case.tier)
+
+
+def _uncompressed(case: Case) -> Case:
+    return Case(case.batch, case.prompt, budget=1.0, skew=1.0)
+
+
+def _one(case: Case) -> Case:
+    """One prompt; how long its heads become is the policy's choice."""
+    return replace(_without_tier(case), batch=1, skew=1.0)
+
+
+def _one_uncompressed(case: Case) -> Case:
+    return replace(_uncompressed(case), batch=1)
+
+
 @dataclass(frozen=True)
 class Operation:
     """An operation, and who can do it.
 
     Attributes:
-        prepare: makes it ready on a layer of its own.
-        backends: of which the first is what ships.
-        recalls: whether it needs heads that recall.
+        make: what it works on, from a case, a device and a seed; has `copy()`.
+        prepare: makes it ready on what `make` made, by a backend.
+        backends: who can; the first is what ships.
+        case: the case without what makes no difference.
+        applies: whether it exists at a case.
     """
 
-    prepare: Callable[[Layer, str], Prepared]
+    make: Callable[[Case, torch.device, int], Any]
+    prepare: Callable[[Any, str], Prepared]
     backends: tuple[str, ...]
-    recalls: bool = False
+    case: Callable[[Case], Case] = _without_tier
+    applies: Callable[[Case], bool] = _always
 
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {
-        "dense": Operation(dense, (*OURS, *RIVALS)),
-        "decode": Operation(decode, OURS),
-        "score": Operation(score, OURS, recalls=True),
-        "select": Operation(select, OURS, recalls=True),
-        "gather": Operation(gather, OURS, recalls=True),
-        "step": Operation(step, OURS),
+        "dense": Operation(make_layer, dense, (*OURS, *RIVALS), _uncompressed),
+        "decode": Operation(make_layer, decode, OURS),
+        "score": Operation(make_layer, score, OURS, applies=_recalls),
+        "select": Operation(make_layer, select, OURS, applies=_recalls),
+        "gather": Operation(make_layer, gather, OURS, applies=_recalls),
+        "step": Operation(make_layer, step, OURS),
+        "prefill": Operation(make_forward, prefill, ("fa3", "torch"), _one_uncompressed),
+        "prefill_end": Operation(make_prompt, prefill_end, OURS, _one),
+        "window": Operation(make_prompt, window, OURS, _one),
+        "move": Operation(make_prompt, move, OURS, _one),
+        "landmarks": Operation(make_prompt, landmarks, OURS, _one, _recalls),
+        "offload": Operation(make_prompt, offload, OURS, _one, _recalls_from_host),
     }
 )

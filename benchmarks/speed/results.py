@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 from hybridkv_quality.environment import Environment
 from pydantic import BaseModel, Field
 
+from speed.prefill import LAYERS
+
 # The rivals' attention over everything is the same work as ours; other operations have no rival.
 DENSE = "dense"
+GATHER, OFFLOAD, PREFILL, PREFILL_END = "gather", "offload", "prefill", "prefill_end"
 SHIPS = "triton"
 
 
@@ -65,19 +68,22 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
     for record in results.records:
         if record.backend != SHIPS or record.missing:
             continue
-        whole = _best(results, DENSE, record.case, rivals=False)
+        whole = _best(results, DENSE, record.case, _ships)
         if record.op == "decode" and whole is not None:
             yield _ratio("bytes of the full cache / of decode", record, whole.num_bytes / record.num_bytes)
         if record.ms is None or not record.right:
             continue
-        link = results.pinned_bandwidth if record.case["tier"] == "host" else results.copy_bandwidth
-        limit = link if record.op == "gather" else results.copy_bandwidth
-        if limit is not None:
+        over_link = record.op == OFFLOAD or (record.op == GATHER and record.case["tier"] == "host")
+        limit = results.pinned_bandwidth if over_link else results.copy_bandwidth
+        if limit is not None and record.op != PREFILL_END:
             of_limit = record.num_bytes / (record.ms * 1e-3) / limit
             yield _ratio(f"{record.op}: bytes over time / bandwidth of a copy", record, of_limit)
-        rival = _best(results, DENSE, record.case, rivals=True)
+        rival = _best(results, DENSE, record.case, _is_rival)
         if rival is not None and rival.ms is not None and record.op in (DENSE, "decode", "step"):
             yield _ratio(f"{record.op}: speed against {rival.backend} on all", record, rival.ms / record.ms)
+        forward = _best(results, PREFILL, record.case, _is_right)
+        if record.op == PREFILL_END and forward is not None and forward.ms is not None:
+            yield _ratio("prefill_end: share of that prefill", record, record.ms / (LAYERS * forward.ms))
         attention = _find(results, "decode", record)
         if record.op == "step" and attention is not None and attention.ms is not None and attention.right:
             for interval in (1, 4):
@@ -95,16 +101,27 @@ def _find(results: Results, op: str, like: Record) -> Record | None:
     )
 
 
-def _best(results: Results, op: str, case: dict[str, Any], *, rivals: bool) -> Record | None:
-    """The fastest right record of a case's batch and prompt, of rivals or of what ships."""
+def _ships(record: Record) -> bool:
+    return record.backend == SHIPS
+
+
+def _is_rival(record: Record) -> bool:
+    return record.backend not in (SHIPS, "torch") and _is_right(record)
+
+
+def _is_right(record: Record) -> bool:
+    return record.right is True
+
+
+def _best(results: Results, op: str, case: dict[str, Any], counts: Callable[[Record], bool]) -> Record | None:
+    """The fastest record that counts, of a case's batch and prompt."""
     found = [
         record
         for record in results.records
         if record.op == op
         and record.missing is None
-        and (record.backend not in (SHIPS, "torch") if rivals else record.backend == SHIPS)
         and all(record.case[name] == case[name] for name in ("batch", "prompt"))
-        and (record.right or not rivals)
+        and counts(record)
     ]
     return min(found, key=lambda record: record.ms or 0.0, default=None)
 

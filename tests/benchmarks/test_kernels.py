@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hybridkv_quality.environment import environment
 from scripts import load
-from speed import operations
+from speed import forward, operations, prefill
 from speed.layer import KV_HEADS, Case, CaseError, find_misses, head_pages, make_layer, make_missing
 from speed.operations import OPERATIONS, relative_error
 from speed.results import Ratio, Record, Results, find_ratios, plot
@@ -39,8 +40,13 @@ def ratios(*records: Record) -> dict[str, float]:
 @pytest.mark.parametrize("tier", ["gpu", "host"])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_operation_is_right(op: str, tier: str) -> None:
-    case = Case(2, 256, 0.5, dynamic=0.5, tier=tier, missed=0.3)
-    measured = kernels._measure(op, "triton", case, DEVICE, check=True)
+    operation = OPERATIONS[op]
+    case = operation.case(Case(2, 256, 0.5, dynamic=0.5, tier=tier, missed=0.3))
+    backend = "triton" if "triton" in operation.backends else "torch"
+    if not operation.applies(case):
+        assert (op, tier) == ("offload", "gpu")
+        return
+    measured = kernels._measure(op, backend, case, DEVICE, check=True)
     assert (measured.right, measured.missing) == (True, None)
     assert measured.num_bytes > 0
     assert (measured.ms is None) == (DEVICE.type == "cpu")
@@ -64,6 +70,58 @@ def test_what_is_wrong_or_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(operations, "extent_decode", idle)
     measured = kernels._measure("decode", "triton", SMALL, DEVICE, check=True)
     assert (measured.right, measured.error) == (False, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [
+        ("window", "window_scores"),
+        ("move", "compact"),
+        ("landmarks", "landmark_build"),
+        ("offload", "chunk_offload"),
+    ],
+)
+def test_what_a_prefills_end_does_not_write_is_noticed(
+    op: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"hybridkv_kernels.{kernel}.triton")
+    monkeypatch.setattr(module, kernel, lambda *args, **kwargs: None)
+    case = Case(1, 256, 0.5, skew=1.0, dynamic=0.5, tier="host")
+    assert kernels._measure(op, "triton", case, DEVICE, check=True).right is False
+
+
+def test_the_end_of_a_prefill_is_the_workers_own() -> None:
+    prompt = prefill.make_prompt(Case(1, 512, 0.25, skew=1.0, dynamic=0.5, tier="host"), DEVICE, seed=1)
+    # The profile's verdict, and the budget: two of four heads recall, all arena pages are somebody's.
+    assert (prompt.chunk_first >= 0).tolist() == [[True, True, False, False]] * prompt.layers
+    assert prompt.grant.plan.arena_size == 8
+    prepared = prefill.prefill_end(prompt, "torch")
+    prepared.poison()
+    assert not prompt.extents.equal(prompt.tables.decode.extents[0])
+    prepared.run()
+    assert prompt.extents.equal(prompt.tables.decode.extents[0])
+    # Random keys and values: their mean square is 1.
+    assert torch.allclose(prepared.result(), torch.ones((), dtype=torch.float64), atol=0.2)
+    recalled = prompt.recalling * 512 * 2 * 128 * 2
+    assert prepared.num_bytes == prompt.layers * prompt.key_bytes + prompt.kept_bytes + recalled
+    with pytest.raises(CaseError, match="smaller budget"):
+        prefill.make_prompt(Case(1, 64, 1.0), DEVICE, seed=1)
+
+
+def test_a_layers_forward_is_a_decoder_layers() -> None:
+    made = forward.make_forward(Case(1, 48), torch.device("cpu"), seed=2)
+    prepared = forward.prefill(made, "torch")
+    prepared.run()
+    heads = (made.hidden.double() @ made.qkv.double()).unflatten(-1, (-1, 128))
+    query, key, value = heads.split([28, 4, 4], dim=1)
+    key, value = (part.repeat_interleave(7, dim=1) for part in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * 128**-0.5
+    scores = scores.masked_fill(torch.ones(48, 48).triu(1).bool(), -torch.inf)
+    mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+    hidden = made.hidden.double() + mixed @ made.out.double()
+    gate, up = (hidden @ made.gate_up.double()).chunk(2, dim=-1)
+    expected = hidden + (gate * gate.sigmoid() * up) @ made.down.double()
+    assert relative_error(prepared.result(), expected) < 1e-2
 
 
 @pytest.mark.parametrize("missed", [0.01, 0.4])
@@ -123,6 +181,22 @@ def test_the_share_of_recall_and_the_link_of_the_tier() -> None:
     assert found["step: share of recall, interval 4"] == pytest.approx(0.2)
     # 8 MB in a millisecond over a link of 10 GB/s.
     assert found["gather: bytes over time / bandwidth of a copy"] == pytest.approx(0.8)
+
+
+def test_the_end_of_a_prefill_is_held_against_all_its_layers() -> None:
+    sizes = {"batch": 1, "dynamic": 0.5}
+    end = record("prefill_end", "triton", 28.0, 10**9, **sizes)
+    layers = (
+        record("prefill", "torch", 40.0, 10**9, batch=1),
+        record("prefill", "fa3", 20.0, 10**9, batch=1),
+        record("prefill", "fa3", 1.0, 10**9, right=False, batch=1),
+    )
+    found = ratios(end, *layers)
+    assert found["prefill_end: share of that prefill"] == pytest.approx(28 / (28 * 20))
+    assert "prefill_end: bytes over time / bandwidth of a copy" not in found
+    # 10 MB in a millisecond over a link of 10 GB/s.
+    offload = record("offload", "triton", 1.0, 10**7, batch=1, tier="host")
+    assert ratios(offload)["offload: bytes over time / bandwidth of a copy"] == pytest.approx(1)
 
 
 def test_times_are_drawn_where_there_are_some(tmp_path: Path) -> None:

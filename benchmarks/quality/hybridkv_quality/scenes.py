@@ -18,6 +18,9 @@ ALL_NAMES = tuple(Name(colour, glyph) for colour in COLOURS for glyph in GLYPHS)
 NOTE_WORDS = 4
 # Cells; the small model's processor would shrink pictures of more than 1,280.
 LARGEST_PICTURE = 1024
+# Of a book in all; what is longer has larger pictures. Words' positions go up by one each, unlike a picture's
+# tokens', and past some 4,000 of them the small model's rotary base is too small to find words by content.
+MOST_WORDS = 3072
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,8 @@ def shape_for(kind: Kind, tokens: int, rng: np.random.Generator, dominoes: int |
         return Shape(kind, (grid,) * pictures, pictures)
     if kind == "book":
         boards = int(np.clip(tokens // 128, 1, 6))
-        grids = tuple(_grid(max(4, min(24, tokens // (6 * boards))), rng) for _ in range(boards))
+        cells = max(4, min(24, tokens // (6 * boards)), (tokens - MOST_WORDS) // boards)
+        grids = tuple(_grid(cells, rng) for _ in range(boards))
         shown = sum(rows * columns + 2 for rows, columns in grids)
         facts = max(2, min(most, 24, sum(rows * columns for rows, columns in grids) // 2))
         return Shape(kind, grids, facts, words=max(1, (tokens - shown) // boards))

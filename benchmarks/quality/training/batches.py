@@ -58,12 +58,19 @@ class Batches:
     ) -> None:
         self._model = model
         self._ids = tokenizer.get_vocab()
-        self._drawings = drawings
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._number = {name: number for number, name in enumerate(ALL_NAMES)}
-        with torch.no_grad():
-            self._clutter = see(model, to_patches(drawings.clutter))
+        self._take(drawings)
+
+    @torch.no_grad()
+    def _take(self, drawings: Drawings) -> None:
+        self._drawings = drawings
+        self._clutter = see(self._model, to_patches(drawings.clutter))
+
+    def draw_anew(self) -> None:
+        """Replaces all drawings: a model that sees the same ones for long knows them, and errs on others."""
+        self._take(Drawings.draw(self._rng))
 
     def draw(self, shape: Shape, scenes: int, questions: int, weights: Mapping[str, float]) -> Batch:
         """A batch of new scenes of one shape; tasks of its kind are drawn by weight."""

@@ -52,7 +52,7 @@ FORMING_RATE, FORMING_BOOST = 1.2e-3, 10.0
 RATE, BOOST = 5e-4, 3.0
 # Tokens a step; a long scene makes a step of its own.
 STEP_TOKENS = 1800
-COPIES, REPORT_EVERY = 64, 50
+COPIES, REPORT_EVERY, REDRAW_EVERY = 64, 50, 25
 CURVE = "curve.json"
 SHIPPED_CURVE = Path(__file__).resolve().parents[2] / "results" / "quality" / CURVE
 WEIGHTS = {
@@ -358,6 +358,8 @@ def main() -> None:
         seconds = time.monotonic() - began
         if seconds >= 60 * args.minutes or (args.steps is not None and step > args.steps):
             break
+        if step % REDRAW_EVERY == 0:
+            batches.draw_anew()
         training.step(step, seconds / (60 * args.minutes))
         if step % REPORT_EVERY == 0:
             training.report(step, seconds)
