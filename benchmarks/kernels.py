@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -32,7 +32,7 @@ from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_nee
 from speed.layer import Case, CaseError
 from speed.operations import OPERATIONS, TOLERANCE, relative_error
 from speed.prepared import Prepared
-from speed.results import Record, Results, find_ratios, plot, write
+from speed.results import Record, Results, find_ratios, plot, size, write
 from speed.rivals import RIVALS
 from torch import Tensor
 
@@ -134,11 +134,6 @@ def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None
     record.ms = milliseconds([one.run for one in sets], device, eager=prepared.eager)
 
 
-def _size(case: dict[str, Any]) -> str:
-    recalling = f", {case['dynamic']:.0%} recall from {case['tier']}" if case["dynamic"] else ""
-    return f"{case['batch']} x {case['prompt']}, {case['budget']:.0%}, skew {case['skew']:g}{recalling}"
-
-
 def _print(results: Results, console: Console) -> None:
     table = Table("op", "backend", "size", "MiB", "ms", "GB/s", "error", title=results.environment.device)
     for record in results.records:
@@ -148,7 +143,7 @@ def _print(results: Results, console: Console) -> None:
         table.add_row(
             record.op,
             record.backend,
-            _size(record.case),
+            size(record.case),
             f"{record.num_bytes / 2**20:.2f}",
             "-" if record.ms is None else f"{record.ms:.3f}",
             "-" if record.gb_per_s is None else f"{record.gb_per_s:.0f}",
@@ -159,7 +154,7 @@ def _print(results: Results, console: Console) -> None:
         console.print(f"left out: {line}", markup=False, soft_wrap=True)
     ratios = Table("ratio", "size", "value")
     for ratio in results.ratios:
-        ratios.add_row(ratio.what, _size(ratio.case), f"{ratio.value:.2f}")
+        ratios.add_row(ratio.what, size(ratio.case), f"{ratio.value:.2f}")
     console.print(ratios)
 
 

@@ -1,39 +1,81 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell about this tree, in one call. Needs torch, Triton and pytest; where vLLM for
-# CUDA is installed too, engine tests run as well. Logs go to $OUT (default: gpu_check_out).
+# Everything that only a GPU can tell about this tree: `tools/gpu_check.sh [PART ...]`, by default all, each part
+# within ten minutes on an H200.
+#
+#   kernels   compiled kernels and policies; needs torch, Triton and pytest only
+#   engine    vLLM with the plugin: tests of engine, worker and calibration
+#   speed     kernels against the card's limits and other libraries; the link to the host
+#   pruned, recalling, pressure   whole servers, stock and hybridkv, with random weights of MODEL's shape
+#
+# MODEL: folder or name of Qwen2.5-VL-7B's configuration and tokenizer. Logs and results go to $OUT (default:
+# gpu_check_out); its folder `performance` goes to benchmarks/results/performance/CARD.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_check_out}
-mkdir -p "$OUT"
+MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
+mkdir -p "$OUT/performance"
 export PYTHONPATH="$PWD/kernels:$PWD/benchmarks/quality:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 status=0
 
+# Its name, how many lines of its end to show, and the command.
 run() {
-  local name=$1
-  shift
+  local name=$1 lines=$2
+  shift 2
   echo "== $name"
-  python3 -m pytest -q -p no:cacheprovider "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 15
+  "$@" 2>&1 | tee "$OUT/$name.log" | tail -n "$lines"
   [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 }
 
+tests() {
+  local name=$1
+  shift
+  run "$name" 15 python3 -m pytest -q -p no:cacheprovider "$@"
+}
+
+servers() {
+  local name=$1
+  shift
+  run "$name" 60 python3 benchmarks/serve.py --model "$MODEL" --load-format dummy --prompt-tokens 32768 \
+    --out "$OUT/performance/$name" "$@"
+}
+
+part() {
+  case $1 in
+    kernels)
+      tests kernels tests/kernels -m "not slow"
+      tests policies tests/policies
+      ;;
+    engine)
+      # vLLM schedules asynchronously on a GPU; counting concurrency needs stock vLLM's CPU block size.
+      tests engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py \
+        tests/engine/test_recall.py -k "not [sync] and not at_once and not two_ranks"
+      tests host_tier tests/worker
+      tests calibrate tests/quality/test_calibrate.py tests/quality/test_watch_heads.py
+      ;;
+    speed)
+      run host_tier_benchmark 20 python3 benchmarks/host_tier.py
+      cp benchmarks/results/host_tier.json "$OUT/" 2>/dev/null
+      # Files appear as it goes on.
+      run kernels_benchmark 80 python3 benchmarks/kernels.py --batch 32 --skew 16 --tier gpu,host \
+        --out "$OUT/performance"
+      ;;
+    # One, and 32 answers at once, while nothing else goes on.
+    pruned) servers pruned --scenarios batch --clients 1,32 --prompts-in-memory 32 --dynamic-tier off ;;
+    recalling) servers recalling --scenarios batch --clients 1,32 --prompts-in-memory 32 ;;
+    # Four times as many clients as stock has room for.
+    pressure) servers pressure --scenarios images,chat --clients 4 --prompts-in-memory 4 --requests 48 ;;
+    *)
+      echo "gpu_check.sh: unknown part $1 (known: kernels engine speed pruned recalling pressure)" >&2
+      exit 2
+      ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- kernels engine speed pruned recalling pressure
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
-# Compiled kernels against their references; policies that may not wait for the device.
-run kernels tests/kernels -m "not slow"
-run policies tests/policies
-if python3 -c 'import vllm' 2>/dev/null; then
-  # vLLM schedules asynchronously on a GPU; counting concurrency needs stock vLLM's CPU block size.
-  run engine tests/engine/test_budget_one.py tests/engine/test_budget_quarter.py tests/engine/test_recall.py \
-    -k "not [sync] and not at_once and not two_ranks"
-  run host_tier tests/worker
-  run calibrate tests/quality/test_calibrate.py tests/quality/test_watch_heads.py
-  # The link to the host: gather and offload against pinned copies, and how much of an offload is hidden.
-  echo "== benchmarks/host_tier.py"
-  python3 benchmarks/host_tier.py 2>&1 | tee "$OUT/host_tier_benchmark.log" | tail -n 20
-  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-  cp benchmarks/results/host_tier.json "$OUT/" 2>/dev/null
-  # Every decode kernel against the card's bandwidth and other libraries; files appear as it goes on.
-  echo "== benchmarks/kernels.py"
-  python3 benchmarks/kernels.py --batch 32 --skew 16 --tier gpu,host --out "$OUT/kernels" 2>&1 | tee "$OUT/kernels_benchmark.log" | tail -n 60
-  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+if ! python3 -c 'import vllm' 2>/dev/null; then
+  echo "vLLM is not installed: kernels only"
+  set -- kernels
 fi
+for name in "$@"; do part "$name"; done
 exit $status

@@ -78,9 +78,11 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
         if limit is not None and record.op != PREFILL_END:
             of_limit = record.num_bytes / (record.ms * 1e-3) / limit
             yield _ratio(f"{record.op}: bytes over time / bandwidth of a copy", record, of_limit)
-        rival = _best(results, DENSE, record.case, _is_rival)
-        if rival is not None and rival.ms is not None and record.op in (DENSE, "decode", "step"):
-            yield _ratio(f"{record.op}: speed against {rival.backend} on all", record, rival.ms / record.ms)
+        if record.op in (DENSE, "decode", "step"):
+            for rival in _like(results, DENSE, record.case, _is_rival):
+                if rival.ms is not None:
+                    what = f"{record.op}: speed against {rival.backend} on all"
+                    yield _ratio(what, record, rival.ms / record.ms)
         forward = _best(results, PREFILL, record.case, _is_right)
         if record.op == PREFILL_END and forward is not None and forward.ms is not None:
             yield _ratio("prefill_end: share of that prefill", record, record.ms / (LAYERS * forward.ms))
@@ -113,9 +115,9 @@ def _is_right(record: Record) -> bool:
     return record.right is True
 
 
-def _best(results: Results, op: str, case: dict[str, Any], counts: Callable[[Record], bool]) -> Record | None:
-    """The fastest record that counts, of a case's batch and prompt."""
-    found = [
+def _like(results: Results, op: str, case: dict[str, Any], counts: Callable[[Record], bool]) -> list[Record]:
+    """Records that count, of a case's batch and prompt."""
+    return [
         record
         for record in results.records
         if record.op == op
@@ -123,7 +125,17 @@ def _best(results: Results, op: str, case: dict[str, Any], counts: Callable[[Rec
         and all(record.case[name] == case[name] for name in ("batch", "prompt"))
         and counts(record)
     ]
-    return min(found, key=lambda record: record.ms or 0.0, default=None)
+
+
+def _best(results: Results, op: str, case: dict[str, Any], counts: Callable[[Record], bool]) -> Record | None:
+    """The fastest of them."""
+    return min(_like(results, op, case, counts), key=lambda record: record.ms or 0.0, default=None)
+
+
+def size(case: dict[str, Any]) -> str:
+    """A case in words."""
+    recalling = f", {case['dynamic']:.0%} recall from {case['tier']}" if case["dynamic"] else ""
+    return f"{case['batch']} x {case['prompt']}, {case['budget']:.0%}, skew {case['skew']:g}{recalling}"
 
 
 def write(results: Results, out: Path) -> None:

@@ -164,6 +164,8 @@ def test_speed_is_compared_within_the_run_and_only_where_results_are_right() -> 
     found = ratios(ours, *rivals)
     assert found["bytes of the full cache / of decode"] == 8
     assert found["decode: speed against fa3 on all"] == 5
+    assert found["decode: speed against sdpa on all"] == 15
+    assert not any("flashinfer" in what for what in found)
     assert found["decode: bytes over time / bandwidth of a copy"] == pytest.approx(0.5)
     wrong = ratios(ours.model_copy(update={"right": False}), *rivals)
     assert [what for what in wrong if what.startswith("decode")] == []

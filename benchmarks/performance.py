@@ -1,0 +1,344 @@
+"""Writes docs/performance.md from the committed results: `python benchmarks/performance.py`.
+
+Every folder in benchmarks/results/performance is one machine: `kernels.json` of benchmarks/kernels.py, and
+`NAME/serve.json` of benchmarks/serve.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridkv_quality.environment import Environment
+from serving.figures import Report
+from serving.figures import plot as plot_servers
+from speed.results import Ratio, Results, plot, size
+
+FOLDER = Path(__file__).resolve().parent / "results" / "performance"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+# The card that the goals are for.
+CARD = "H200"
+LONG = {"batch": 32, "prompt": 32768, "budget": 0.1}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on one machine."""
+
+    name: str
+    kernels: Results | None
+    servers: Mapping[str, Report]
+
+    @property
+    def device(self) -> str:
+        """As the results call it."""
+        if self.kernels is not None:
+            return self.kernels.environment.device
+        return next(iter(self.servers.values())).environment.device
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that has to be reached.
+
+    Attributes:
+        text: what it says.
+        what: the ratio's name.
+        bound: value that is just enough.
+        sizes: of the case that it is for; of servers, settings and what the comparison says.
+        at_most: whether smaller is better.
+        server: whether it is of benchmarks/serve.py.
+    """
+
+    text: str
+    what: str
+    bound: float
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    at_most: bool = False
+    server: bool = False
+
+    def found(self, machine: Machine) -> list[float]:
+        """What this machine's results say of it."""
+        if self.server:
+            return [
+                comparison.value
+                for report in machine.servers.values()
+                for comparison in report.comparisons
+                if comparison.what == self.what
+                and _fits(self.sizes, report.settings | comparison.model_dump())
+            ]
+        ratios = [] if machine.kernels is None else machine.kernels.ratios
+        return [r.value for r in ratios if r.what == self.what and _fits(self.sizes, r.case)]
+
+    def reached(self, value: float) -> bool:
+        """Whether a value is good enough."""
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+def _fits(sizes: Mapping[str, Any], case: Mapping[str, Any]) -> bool:
+    return all(str(case.get(name)) == str(value) for name, value in sizes.items())
+
+
+GOALS = (
+    Goal(
+        "decode kernel, bytes over time, against a copy on the device",
+        "decode: bytes over time / bandwidth of a copy",
+        0.85,
+        LONG,
+    ),
+    Goal("the same on uncompressed rows, against FlashAttention 3", "dense: speed against fa3 on all", 0.95),
+    Goal(
+        "a layer at 10%, 32 x 32k, against FlashAttention 3 on all: pruned heads only",
+        "decode: speed against fa3 on all",
+        7,
+        LONG | {"dynamic": 0.0},
+    ),
+    Goal(
+        "half of the heads recalling from the GPU",
+        "step: speed against fa3 on all",
+        6,
+        LONG | {"dynamic": 0.5, "tier": "gpu"},
+    ),
+    Goal(
+        "half of the heads recalling from the host, 3% missed",
+        "step: speed against fa3 on all",
+        4,
+        LONG | {"dynamic": 0.5, "tier": "host", "missed": 0.03},
+    ),
+    Goal("recall's share of such a step", "step: share of recall, interval 1", 0.45, LONG, at_most=True),
+    Goal("the same, interval 4", "step: share of recall, interval 4", 0.20, LONG, at_most=True),
+    Goal(
+        "fetching from the host, against a pinned copy",
+        "gather: bytes over time / bandwidth of a copy",
+        0.85,
+        {"tier": "host"},
+    ),
+    Goal(
+        "what ends a prefill of 32k, against that prefill",
+        "prefill_end: share of that prefill",
+        0.05,
+        {"prompt": 32768},
+        at_most=True,
+    ),
+    Goal(
+        "time a token, 32 x 32k, all heads pruned",
+        "ms_per_token",
+        3,
+        {"clients": 32, "prompt_tokens": 32768, "dynamic_tier": "off"},
+        server=True,
+    ),
+    Goal(
+        "time a token, 32 x 32k, recall from the host",
+        "ms_per_token",
+        2.3,
+        {"clients": 32, "prompt_tokens": 32768, "dynamic_tier": "host"},
+        server=True,
+    ),
+    Goal(
+        "requests of 32k that decode at once",
+        "decoding_at_once",
+        7,
+        {"prompt_tokens": 32768},
+        server=True,
+    ),
+    Goal(
+        "tokens a second where stock is short of memory",
+        "tokens_per_second",
+        4,
+        {"prompt_tokens": 32768, "scenario": "images"},
+        server=True,
+    ),
+    Goal(
+        "time a token, 1 x 32k",
+        "ms_per_token",
+        0.97,
+        {"clients": 1, "prompt_tokens": 32768},
+        server=True,
+    ),
+)
+
+
+def read_machines(folder: Path) -> list[Machine]:
+    """All machines with results, by name."""
+    machines = []
+    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
+        kernels = place / "kernels.json"
+        machine = Machine(
+            place.name,
+            Results.model_validate_json(kernels.read_text()) if kernels.exists() else None,
+            {
+                path.parent.name: Report.model_validate_json(path.read_text())
+                for path in sorted(place.glob("*/serve.json"))
+            },
+        )
+        if machine.kernels is not None or machine.servers:
+            machines.append(machine)
+    return machines
+
+
+def write_page(folder: Path, page: Path) -> None:
+    """Writes the page and its plots (`performance/*.png` beside it).
+
+    Raises:
+        FileNotFoundError: there are no results.
+    """
+    machines = read_machines(folder)
+    if not machines:
+        raise FileNotFoundError(f"{folder} has no results: run benchmarks/kernels.py and benchmarks/serve.py")
+    plots = page.parent / page.stem
+    shutil.rmtree(plots, ignore_errors=True)
+    parts = [*_head(), *_goals(machines)]
+    for machine in machines:
+        parts += _machine(machine, plots / machine.name)
+    page.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def _head() -> Iterator[str]:
+    yield "# Performance: what compression saves, and what it costs"
+    yield ""
+    yield "Written by `python benchmarks/performance.py` from `benchmarks/results/performance`; do not edit."
+    yield "Those files are made by `benchmarks/kernels.py` and `benchmarks/serve.py`, on a GPU through"
+    yield "`tools/gpu_check.sh`. A ratio compares two figures of one run on one machine; a result unlike the"
+    yield "torch reference's gets none. Kernels are replayed as a CUDA graph, over more data than the"
+    yield "cache holds; the end of a prefill is launched from Python, as it is in a server."
+    yield ""
+
+
+def _goals(machines: Sequence[Machine]) -> Iterator[str]:
+    cards = [machine for machine in machines if CARD in machine.device]
+    yield f"## Goals on an {CARD}"
+    yield ""
+    if not cards:
+        yield f"**No {CARD} has run this yet**, so none of the goals is reached or missed."
+        yield ""
+    rows = []
+    for goal in GOALS:
+        values = [value for machine in cards for value in goal.found(machine)]
+        worst = (max if goal.at_most else min)(values, default=None)
+        said = "not measured" if worst is None else f"{worst:.2f}"
+        verdict = "" if worst is None else "yes" if goal.reached(worst) else "no"
+        rows.append([goal.text, f"{'at most' if goal.at_most else 'at least'} {goal.bound:g}", said, verdict])
+    yield from _table(["what", "goal", "worst measured", "reached"], rows)
+
+
+def _machine(machine: Machine, plots: Path) -> Iterator[str]:
+    yield f"## {machine.device}"
+    yield ""
+    if machine.kernels is not None:
+        yield from _kernels(machine.kernels, machine.name, plots)
+    for name, report in machine.servers.items():
+        yield from _servers(report, machine.name, name, plots)
+
+
+def _commit(environment: Environment) -> str:
+    return (environment.commit or "unknown")[:10]
+
+
+def _kernels(results: Results, machine: str, plots: Path) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results.environment.versions.items())
+    timed = any(record.ms is not None for record in results.records)
+    yield "### Kernels"
+    yield ""
+    yield f"{results.created_at:%Y-%m-%d}, {versions}, commit {_commit(results.environment)}."
+    if timed:
+        plots.mkdir(parents=True, exist_ok=True)
+        plot(results, plots)
+        yield f"![bandwidth](performance/{machine}/kernels.png)"
+    else:
+        yield "Run under Triton's interpreter: it says what is right and what is read, and nothing of time."
+    yield ""
+    rows = [
+        [
+            record.op,
+            record.backend,
+            size(record.case),
+            f"{record.num_bytes / 2**20:.2f}",
+            "-" if record.ms is None else f"{record.ms:.3f}",
+            "-" if record.gb_per_s is None else f"{record.gb_per_s:.0f}",
+            "unchecked" if record.error is None else f"{record.error:.0e}{'' if record.right else ' WRONG'}",
+        ]
+        for record in results.records
+        if record.missing is None
+    ]
+    yield from _table(["operation", "by", "size", "MiB read", "ms", "GB/s", "relative error"], rows)
+    missing = sorted({f"{r.backend} ({r.missing})" for r in results.records if r.missing})
+    if missing:
+        yield "Not there: " + ", ".join(missing) + "."
+        yield ""
+    yield from _table(
+        ["ratio", "size", "value"], [[r.what, size(r.case), f"{r.value:.2f}"] for r in results.ratios]
+    )
+    lost = [r for r in results.ratios if " speed against " in r.what and r.value < 1]
+    if timed:
+        yield "Where another library is faster: " + (_listed(lost) if lost else "nowhere in this table.")
+        yield ""
+
+
+def _listed(ratios: Sequence[Ratio]) -> str:
+    return "; ".join(f"{r.what}, {size(r.case)} ({r.value:.2f})" for r in ratios) + "."
+
+
+def _servers(report: Report, machine: str, name: str, plots: Path) -> Iterator[str]:
+    settings = report.settings
+    yield f"### Servers: {name}"
+    yield ""
+    yield (
+        f"{report.created_at:%Y-%m-%d}, commit {_commit(report.environment)}. Stock vLLM and "
+        f"hybridkv (budget {settings['budget']}, tier {settings['dynamic_tier']}) in KV memory for "
+        f"{settings['prompts_in_memory']} conversations of {settings['prompt_tokens']} visual tokens."
+    )
+    yield ""
+    place = plots / name
+    place.mkdir(parents=True, exist_ok=True)
+    plot_servers(report, place)
+    yield f"![servers](performance/{machine}/{name}/serve.png)"
+    yield ""
+    rows = [
+        [
+            f.scenario,
+            f.server,
+            str(f.clients),
+            str(f.answers),
+            str(f.failed),
+            f"{f.tokens_per_second:.1f}",
+            str(f.decoding_at_once),
+            "-" if f.ms_per_token is None else f"{f.ms_per_token:.1f}",
+            f"{f.first_token_p50:.2f}",
+            f"{f.first_token_p99:.2f}",
+            f"{f.goodput:.2f}",
+        ]
+        for f in report.figures
+    ]
+    header = ["scenario", "server", "clients", "answers", "failed", "tokens/s", "decoding at once"]
+    yield from _table([*header, "ms a token", "first token p50 s", "p99 s", "good answers/s"], rows)
+    lost = [c for c in report.comparisons if c.value < 1]
+    listed = "; ".join(f"{c.what} in {c.scenario}, {c.clients} clients ({c.value:.2f})" for c in lost)
+    yield "Where stock is ahead: " + (f"{listed}." if lost else "nowhere in this table.")
+    yield ""
+
+
+def main() -> int:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    args = parser.parse_args()
+    write_page(args.results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
