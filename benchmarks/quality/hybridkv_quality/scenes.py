@@ -19,8 +19,8 @@ NOTE_WORDS = 4
 # Cells; the small model's processor would shrink pictures of more than 1,280.
 LARGEST_PICTURE = 1024
 # Of a book in all; what is longer has larger pictures. Words' positions go up by one each, unlike a picture's
-# tokens', and past some 4,000 of them the small model's rotary base is too small to find words by content.
-MOST_WORDS = 3072
+# tokens', and the more of them, the less the small model's rotary base lets it find by content.
+MOST_WORDS = 2048
 
 
 @dataclass(frozen=True)
