@@ -12,9 +12,7 @@ from hybridkv_quality import calibrate
 from hybridkv_quality import command as evaluation
 from rich.console import Console
 
-from hybridkv_vllm import __version__, sizing
-
-EXIT_OK, EXIT_PROBLEM, EXIT_USAGE = 0, 1, 2
+from hybridkv_vllm import __version__, exit_codes, sizing
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -25,7 +23,7 @@ def _doctor(args: argparse.Namespace) -> int:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         Console().print(findings_table(findings))
-    return EXIT_PROBLEM if any(finding.status == "problem" for finding in findings) else EXIT_OK
+    return exit_codes.PROBLEM if any(finding.status == "problem" for finding in findings) else exit_codes.OK
 
 
 def _tiny_model(args: argparse.Namespace) -> int:
@@ -35,9 +33,12 @@ def _tiny_model(args: argparse.Namespace) -> int:
         folder = write_tiny_model(args.out, seed=args.seed, force=args.force)
     except FileExistsError as error:
         print(f"hybridkv: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    print(folder)
-    return EXIT_OK
+        return exit_codes.USAGE
+    except OSError as error:
+        print(f"hybridkv: {args.out} cannot be written: {error}", file=sys.stderr)
+        return exit_codes.PROBLEM
+    print(json.dumps({"model": str(folder), "seed": args.seed}, indent=2) if args.json else folder)
+    return exit_codes.OK
 
 
 def _tokens(text: str) -> int:
@@ -74,14 +75,14 @@ def _plan(args: argparse.Namespace) -> int:
         estimate = sizing.estimate(shape, sizing.GPUS[args.gpu], workload)
     except ValueError as error:
         print(f"hybridkv: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return exit_codes.USAGE
     if args.json:
         print(json.dumps({**estimate.as_json(), "assumptions": sizing.ASSUMPTIONS}, indent=2))
-        return EXIT_OK
+        return exit_codes.OK
     console = Console()
     console.print(sizing.table(estimate))
     console.print("Assumed: " + "; ".join(sizing.ASSUMPTIONS) + ".", soft_wrap=False)
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -121,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hybridkv",
         description="HybridKV for vLLM. Serve with: vllm serve MODEL --attention-backend hybridkv",
+        epilog="exit codes: 0 done; 1 a problem was found, or it failed; 2 wrong arguments",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="say what this environment has, and what to do about each problem",
         description="Looks at vLLM, torch, Triton, the device and the plugin. Exit code 1 if something "
         "would keep a server from starting.",
+        epilog="example: hybridkv doctor --json",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
@@ -139,10 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a small Qwen2.5-VL with random weights, to try and test with",
         description="Writes config, tokenizer, processors, chat template and weights. vLLM and "
         "Transformers both load the folder; the same seed gives the same bytes.",
+        epilog="example: hybridkv tiny-model --out /tmp/tiny",
     )
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     tiny.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     tiny.add_argument("--force", action="store_true", help="overwrite a folder that is not empty")
+    tiny.add_argument("--json", action="store_true", help="print the folder and the seed as JSON")
     tiny.set_defaults(run=_tiny_model)
 
     _add_plan(commands)
@@ -160,9 +165,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (0 fine, 1 a problem was found, 2 wrong usage)."""
+    """Runs the command; returns one of `exit_codes`."""
     args = build_parser().parse_args(argv)
-    return int(args.run(args))
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("hybridkv: stopped", file=sys.stderr)
+        return exit_codes.PROBLEM
 
 
 if __name__ == "__main__":

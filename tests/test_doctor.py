@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hybridkv_vllm import doctor
-from hybridkv_vllm.cli import EXIT_OK, EXIT_PROBLEM, EXIT_USAGE, main
+from hybridkv_vllm import __version__, cli, doctor, exit_codes
+from hybridkv_vllm.cli import build_parser, main
 
 SUBJECTS = [
     "python",
@@ -28,8 +30,9 @@ SUBJECTS = [
 
 
 def hybridkv(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the installed command in a new process, with these variables; VLLM_PLUGINS only if given."""
-    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    """Runs the installed command as a user would, with these variables; VLLM_PLUGINS only if given."""
+    own = ("VLLM_PLUGINS", "VLLM_LOGGING_LEVEL")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(
         [Path(sys.executable).with_name("hybridkv"), *arguments],
         # A terminal too narrow would break the table's words.
@@ -53,7 +56,7 @@ def problems(done: subprocess.CompletedProcess[str]) -> list[doctor.Finding]:
 
 def test_a_sound_environment() -> None:
     done = hybridkv("doctor")
-    assert done.returncode == EXIT_OK, done.stdout + done.stderr
+    assert done.returncode == exit_codes.OK, done.stdout + done.stderr
     for subject in SUBJECTS:
         assert subject in done.stdout
     assert "--attention-backend hybridkv -> hybridkv_vllm.attention.backend.HybridKVBackend" in done.stdout
@@ -62,7 +65,7 @@ def test_a_sound_environment() -> None:
 
 def test_json_is_json_and_the_routes_are_seen() -> None:
     done = hybridkv("doctor", "--json", VLLM_PLUGINS="hybridkv,hybridkv_api")
-    assert done.returncode == EXIT_OK
+    assert done.returncode == exit_codes.OK
     assert not problems(done)
     routes = json.loads(done.stdout)[-1]
     assert (routes["status"], routes["found"]) == ("ok", "GET /hybridkv/stats, GET /hybridkv/heads")
@@ -89,7 +92,7 @@ def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: p
 )
 def test_a_problem_is_named_with_its_remedy(name: str, value: str, subject: str, remedy: str) -> None:
     done = hybridkv("doctor", "--json", **{name: value})
-    assert done.returncode == EXIT_PROBLEM
+    assert done.returncode == exit_codes.PROBLEM
     (problem,) = problems(done)
     assert (problem.subject, problem.remedy) == (subject, remedy)
     assert value in problem.found
@@ -102,7 +105,7 @@ def test_a_check_that_breaks_is_a_finding(
         raise OSError("libcudart.so is missing")
 
     monkeypatch.setattr(doctor, "CHECKS", (_torch,))
-    assert main(["doctor", "--json"]) == EXIT_PROBLEM
+    assert main(["doctor", "--json"]) == exit_codes.PROBLEM
     (finding,) = json.loads(capsys.readouterr().out)
     assert (finding["subject"], finding["status"]) == ("torch", "problem")
     assert finding["found"] == "OSError: libcudart.so is missing"
@@ -113,7 +116,7 @@ def test_tiny_model_refuses_a_foreign_folder(tmp_path: Path) -> None:
     precious = tmp_path / "notes.txt"
     precious.write_text("mine")
     done = hybridkv("tiny-model", "--out", tmp_path)
-    assert done.returncode == EXIT_USAGE
+    assert done.returncode == exit_codes.USAGE
     assert done.stderr.startswith(f"hybridkv: {tmp_path} is not empty")
     assert "--force" in done.stderr
     assert "Traceback" not in done.stderr
@@ -123,14 +126,59 @@ def test_tiny_model_refuses_a_foreign_folder(tmp_path: Path) -> None:
 
 def test_tiny_model_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tiny"
-    assert main(["tiny-model", "--out", str(folder)]) == EXIT_OK
+    assert main(["tiny-model", "--out", str(folder)]) == exit_codes.OK
     assert capsys.readouterr().out.strip().endswith(str(folder))
     assert (folder / "config.json").is_file()
-    assert main(["tiny-model", "--out", str(folder), "--seed", "1"]) == EXIT_OK  # Its own may be replaced.
+    # Its own may be replaced.
+    assert main(["tiny-model", "--out", str(folder), "--seed", "1", "--json"]) == exit_codes.OK
+    assert json.loads(capsys.readouterr().out) == {"model": str(folder), "seed": 1}
 
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["cure"])
-    assert caught.value.code == EXIT_USAGE
+    assert caught.value.code == exit_codes.USAGE
     assert "doctor" in capsys.readouterr().err
+
+
+COMMANDS: dict[str, argparse.ArgumentParser] = next(
+    dict(action.choices)
+    for action in build_parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_and_teaches_by_examples_that_work(name: str) -> None:
+    command = COMMANDS[name]
+    assert "--json" in command._option_string_actions
+    examples = [
+        line[line.index("hybridkv ") :].partition("  ")[0]
+        for line in (command.epilog or "").splitlines()
+        if f"hybridkv {name} " in line
+    ]
+    assert examples
+    for example in examples:
+        assert build_parser().parse_args(shlex.split(example)[1:]).command == name
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == exit_codes.OK
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_what_fails_or_is_stopped_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["tiny-model", "--out", str(tmp_path / "file" / "tiny")]) == exit_codes.PROBLEM
+    assert "cannot be written" in capsys.readouterr().err
+
+    def stop(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_tiny_model", stop)
+    assert main(["tiny-model", "--out", str(tmp_path)]) == exit_codes.PROBLEM
+    assert capsys.readouterr().err == "hybridkv: stopped\n"

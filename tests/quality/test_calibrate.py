@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hybridkv_quality import calibrate
 
 from hybridkv_vllm.cli import main
-from hybridkv_vllm.profile import read_profile
+from hybridkv_vllm.profile import HeadProfile, read_profile
 
 
 def test_the_head_that_looks_up_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,3 +40,13 @@ def test_wrong_arguments_write_nothing(
     assert main(["calibrate", *arguments, "--out", str(file)]) == 2
     assert says in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_a_file_that_cannot_be_written_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = HeadProfile(model="m", tasks=["chain"], tokens=1, prompts=1, share=0.1, moving=[[0.0]])
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: profile)
+    (tmp_path / "file").touch()
+    assert main(["calibrate", "--out", str(tmp_path / "file" / "heads.json")]) == 1
+    assert "cannot be written" in capsys.readouterr().err

@@ -99,6 +99,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "interleave_moe_layer_step": 1,
     },
     "head size 12": {**QWEN2, "hidden_size": 48},
+    "17 query heads on a KV head": {**QWEN2, "hidden_size": 34 * 16, "num_attention_heads": 34},
     "plain": {**QWEN2},
     "sliding window switched off": {**QWEN2, "use_sliding_window": False, "sliding_window": 512},
 }
@@ -252,6 +253,7 @@ def test_an_unknown_policy(tiny_model: Path) -> None:
         ("mamba through transformers", "linear_attention"),
         ("chunked attention", "chunked local attention"),
         ("head size 12", "head size 12 is not supported (16 to 256, a multiple of 8)"),
+        ("17 query heads on a KV head", "34 query heads share 2 KV heads on a rank (at most 16 may"),
     ],
 )
 def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.tasks import suite_samples
+from hybridkv_vllm import exit_codes
 from hybridkv_vllm.profile import HeadProfile
 
 DESCRIPTION = """\
@@ -29,13 +30,13 @@ examples:
   hybridkv calibrate Qwen/Qwen2.5-VL-7B-Instruct --out qwen.json
   hybridkv calibrate --out small.json --tokens 1024      (the suite's own small model)
 
-exit code: 0 done, 2 wrong arguments or a model that cannot be loaded
+exit code: 0 done, 1 the file cannot be written or the run was stopped, 2 wrong arguments or a model that
+cannot be loaded
 """
 # Tasks whose later steps look elsewhere than the question does, and one that recites text.
 TASKS = "chain,multi_recall,order,text_needle,video"
 # Of the prompts here, so that what is calibrated is not what is measured (`hybridkv eval` has 0).
 SEED = 1_000_003
-EXIT_OK, EXIT_USAGE = 0, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,17 +67,21 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             share=args.share,
         )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(profile.model_dump_json(indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"hybridkv: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return exit_codes.USAGE
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(profile.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        print(f"hybridkv: {args.out} cannot be written: {error}", file=sys.stderr)
+        return exit_codes.PROBLEM
     if args.json:
         print(profile.model_dump_json(indent=1))
     else:
         Console().print(_table(profile))
         print(f"serve with --additional-config.hybridkv.profile {args.out}")
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def calibrate(

@@ -13,6 +13,7 @@ from rich.console import Console
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.records import LinesDamaged
 from hybridkv_quality.settings import EvalError, UsageError, checked_options
+from hybridkv_vllm import exit_codes
 
 DESCRIPTION = """\
 Measures what compression costs: asks a model the questions of a suite under several policies and budgets,
@@ -37,7 +38,6 @@ POLICIES = "hybridkv,snapkv"
 BUDGETS = "0.05,0.1,0.2,0.5,1.0"
 # Of tables in a file or a pipe.
 FILE_WIDTH = 180
-EXIT_OK, EXIT_PROBLEM, EXIT_USAGE = 0, 1, 2
 # Import name and what brings it.
 NEEDED = {"matplotlib": "plots", "PIL": "pictures"}
 NEEDED_FOR_URL = {"openai": "--url", "httpx": "--url"}
@@ -127,16 +127,16 @@ def run(args: argparse.Namespace) -> int:
         results = _evaluate(args)
     except (UsageError, LinesDamaged) as error:
         print(f"hybridkv eval: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return exit_codes.USAGE
     except EvalError as error:
         print(f"hybridkv eval: {error}", file=sys.stderr)
-        return EXIT_PROBLEM
+        return exit_codes.PROBLEM
     except KeyboardInterrupt:
         print("hybridkv eval: stopped; run the same command to go on", file=sys.stderr)
-        return EXIT_PROBLEM
+        return exit_codes.PROBLEM
     if args.json:
         print(results.model_dump_json(indent=2))
-        return EXIT_OK
+        return exit_codes.OK
     from hybridkv_quality.report import remarks, summary_table, task_tables
 
     console = Console()
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     for remark in remarks(results):
         console.print(remark, highlight=False)
     console.print(f"results, records and plots: {args.out}", highlight=False)
-    return EXIT_OK
+    return exit_codes.OK
 
 
 def _check(args: argparse.Namespace) -> None:
