@@ -124,8 +124,15 @@ class RequestOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    hybridkv_budget: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    hybridkv_enabled: bool = True
+    hybridkv_budget: float | None = Field(
+        default=None, gt=0, le=1, allow_inf_nan=False, description="Takes the place of the server's budget."
+    )
+    hybridkv_enabled: bool = Field(default=True, description="False leaves this prompt uncompressed.")
+    hybridkv_report: bool = Field(
+        default=False,
+        description="The answer, if it is not streamed, says what became of the prompt, as "
+        "`kv_transfer_params.hybridkv`.",
+    )
 
 
 def _one_line(error: ValidationError, known: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What became of each KV head of the last compressed prompts: workers write it down, the API server reads it.
+"""What became of the last compressed prompts and their KV heads: workers write it, the API server reads it.
 
 A rank writes one JSON file into the metrics directory, anew for each prompt. It is replaced in one go, so
 that a reader sees the old or the new one, never part of one.
@@ -16,25 +16,48 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, Field, TypeAdapter
 
 from hybridkv_vllm.observe.metrics import is_alive, metrics_directory
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan
 
 # vLLM configures loggers below its own name only.
 logger = logging.getLogger(f"vllm.{__name__}")
 
+# Requests whose heads are kept, and requests that are listed.
 KEPT_REQUESTS = 16
+LISTED_REQUESTS = 64
 
 
-class RankRecord(BaseModel):
-    """One request as one rank saw it: its own layers, in each its own KV heads (`[L][H]`)."""
+class HeadTables(BaseModel):
+    """A rank's heads: each list is `[L][H]`, its own layers and in each its own KV heads.
 
-    request_id: str
-    recorded_at: float
-    prompt_tokens: int
-    arena_pages: int
+    Attributes:
+        figure: what the classifier held against theta.
+        dynamic: its verdict.
+        recalled: whether the head recalls chunks while decoding.
+        pages: pages of the arena that are the head's.
+        kept_tokens: prompt tokens in them.
+    """
+
     figure: list[list[float]]
     dynamic: list[list[bool]]
     recalled: list[list[bool]]
     pages: list[list[int]]
     kept_tokens: list[list[int]]
+
+
+class RankRecord(BaseModel):
+    """One request as one rank saw it; the sums are over the rank's heads, which older requests lack."""
+
+    request_id: str
+    recorded_at: float
+    prompt_tokens: int
+    arena_blocks: int
+    blocks_freed: int
+    compress_seconds: float
+    num_heads: int
+    num_dynamic: int
+    num_recalled: int
+    num_kept: int
+    heads: HeadTables | None
 
 
 class HeadsReport:
@@ -46,65 +69,55 @@ class HeadsReport:
     def __init__(self, directory: str, dp_rank: int, pp_rank: int, tp_rank: int) -> None:
         """Writes a file without requests: readers wait for this rank's share of a request from now on."""
         self._start = os.path.join(directory, f"heads-{dp_rank}-{pp_rank}-{tp_rank}")
-        self._records: dict[str, str] = {}
+        # Each request as JSON, with its heads and without.
+        self._records: dict[str, tuple[str, str]] = {}
         self._failed = False
         self._write()
 
-    def record(
-        self,
-        request_id: str,
-        prompt_tokens: int,
-        arena_pages: int,
-        figure: list[list[float]],
-        dynamic: list[list[bool]],
-        recalled: list[list[bool]],
-        pages: list[list[int]],
-        kept_tokens: list[list[int]],
-    ) -> None:
-        """Adds a compressed request; the 16 latest stay, a request compressed again replaces itself.
-
-        All lists are `[L][H]`, this rank's layers and KV heads.
+    def record(self, request_id: str, plan: PromptPlan, compress_seconds: float, heads: HeadTables) -> None:
+        """Adds a compressed request; the 64 latest stay, a request compressed again replaces itself.
 
         Args:
             request_id: vLLM's id, the same on all ranks.
-            prompt_tokens: T.
-            arena_pages: pages of this rank's arena, A * L * H.
-            figure: what the classifier held against theta.
-            dynamic: its verdict.
-            recalled: whether the head recalls chunks while decoding.
-            pages: pages of the arena that are the head's.
-            kept_tokens: prompt tokens in them.
-
-        Raises:
-            pydantic.ValidationError: a value of another type.
+            plan: what the scheduler decided about its prompt.
+            compress_seconds: the device's time for this rank's layers.
+            heads: what became of them; kept for the 16 latest requests.
         """
         record = RankRecord(
             request_id=request_id,
             recorded_at=time.time(),
-            prompt_tokens=prompt_tokens,
-            arena_pages=arena_pages,
-            figure=figure,
-            dynamic=dynamic,
-            recalled=recalled,
-            pages=pages,
-            kept_tokens=kept_tokens,
+            prompt_tokens=plan.num_tokens,
+            arena_blocks=plan.arena_size,
+            blocks_freed=0 if plan.keeps_prompt_blocks else plan.num_full_blocks,
+            compress_seconds=compress_seconds,
+            num_heads=sum(map(len, heads.dynamic)),
+            num_dynamic=sum(map(sum, heads.dynamic)),
+            num_recalled=sum(map(sum, heads.recalled)),
+            num_kept=sum(map(sum, heads.kept_tokens)),
+            heads=heads,
         )
         self._records.pop(request_id, None)
-        self._records[request_id] = record.model_dump_json()
-        if len(self._records) > KEPT_REQUESTS:
+        short = record.model_copy(update={"heads": None})
+        self._records[request_id] = record.model_dump_json(), short.model_dump_json()
+        if len(self._records) > LISTED_REQUESTS:
             del self._records[next(iter(self._records))]
         self._write()
 
     def _write(self) -> None:
         # The id is asked for here: a forked child must not write its parent's file.
         path = f"{self._start}-{os.getpid()}.json"
+        records = list(self._records.values())
+        older, latest = records[:-KEPT_REQUESTS], records[-KEPT_REQUESTS:]
+        texts = [*(short for _, short in older), *(full for full, _ in latest)]
         try:
             with open(f"{path}.new", "w", encoding="utf-8") as file:
-                file.write(f"[{','.join(self._records.values())}]")
+                file.write(f"[{','.join(texts)}]")
             os.replace(f"{path}.new", path)
         except OSError as error:
             if not self._failed:
-                logger.warning("hybridkv: /hybridkv/heads will lack requests, %s; free some space", error)
+                logger.warning(
+                    "hybridkv: /hybridkv/requests and /heads will lack requests, %s; free some space", error
+                )
             self._failed = True
 
 
@@ -148,8 +161,40 @@ class RequestHeads(BaseModel):
     )
 
 
-def read_heads() -> list[RequestHeads]:
-    """The last requests that all ranks of this node have reported, newest first.
+class RequestSummary(BaseModel):
+    """One compressed request, in figures over all its heads."""
+
+    request_id: str = Field(description="vLLM's id of the request.")
+    compressed_at: float = Field(description="When its figures came in: seconds since 1970, UTC.")
+    prompt_tokens: int = Field(description="Tokens of the prompt.")
+    kept_tokens: float = Field(description="Tokens kept per KV head, mean over layers and heads.")
+    kept_share: float = Field(description="kept_tokens / prompt_tokens.")
+    blocks_freed: int = Field(
+        description="Prompt blocks that go back to the pool with the step that compresses; 0 where chunks "
+        "are recalled from them."
+    )
+    arena_blocks: int = Field(description="Blocks of its arena.")
+    dynamic_share: float = Field(description="Share of the heads that the classifier called dynamic.")
+    recalled_share: float = Field(description="Share of the heads that recall chunks.")
+    compress_seconds: float = Field(
+        description="Time that the device spent on compressing the prompt, added up over pipeline ranks as "
+        "the first tensor rank of each measured it."
+    )
+
+
+def read_requests() -> list[RequestSummary]:
+    """The last 64 requests that all ranks of this node have reported, newest first.
+
+    Files of dead processes do not count.
+
+    Raises:
+        pydantic.ValidationError: a file that no `HeadsReport` has written.
+    """
+    return [_summarise(stages) for stages in _complete_requests()[:LISTED_REQUESTS]]
+
+
+def read_heads(limit: int = KEPT_REQUESTS) -> list[RequestHeads]:
+    """The heads of the last `limit` requests, at most 16, that all ranks have reported, newest first.
 
     A replica's ranks are put together, tensor ranks side by side in each layer, pipeline ranks one after the
     other. Files of dead processes do not count.
@@ -158,12 +203,30 @@ def read_heads() -> list[RequestHeads]:
         pydantic.ValidationError: a file that no `HeadsReport` has written.
         ValueError: ranks that disagree on a request's shape.
     """
+    with_heads = [
+        stages
+        for stages in _complete_requests()
+        if all(record.heads is not None for stage in stages for record in stage)
+    ]
+    return [_merge_request(stages) for stages in with_heads[: min(limit, KEPT_REQUESTS)]]
+
+
+# One request's records: pipeline ranks, in each its tensor ranks.
+Stages = list[list[RankRecord]]
+
+
+def _complete_requests() -> list[Stages]:
+    """Requests that all ranks of their replica have reported, newest first."""
     replicas: dict[int, list[_RankFile]] = {}
     for file in _living_files(metrics_directory()):
         replicas.setdefault(file.dp_rank, []).append(file)
-    merged = [entry for files in replicas.values() for entry in _merge_ranks(files)]
-    merged.sort(key=lambda entry: entry[0], reverse=True)
-    return [request for _, request in merged]
+    requests = [stages for files in replicas.values() for stages in _join_ranks(files)]
+    return sorted(requests, key=_reported_at, reverse=True)
+
+
+def _reported_at(stages: Stages) -> float:
+    """When the last rank reported the request."""
+    return max(record.recorded_at for stage in stages for record in stage)
 
 
 class _RankFile(NamedTuple):
@@ -196,23 +259,40 @@ def _living_files(directory: str) -> list[_RankFile]:
     return [file for _, (_, file) in sorted(newest.items())]
 
 
-def _merge_ranks(files: Sequence[_RankFile]) -> list[tuple[float, RequestHeads]]:
-    """One replica's requests that all its ranks have reported, each with the time of the last report."""
+def _join_ranks(files: Sequence[_RankFile]) -> list[Stages]:
+    """One replica's requests that all its ranks have reported."""
     stages: dict[int, list[_RankFile]] = {}
     for file in files:
         stages.setdefault(file.pp_rank, []).append(file)
     complete = set.intersection(*(set(file.records) for file in files))
     return [
-        (
-            max(file.records[request_id].recorded_at for file in files),
-            _merge_request([[file.records[request_id] for file in stage] for stage in stages.values()]),
-        )
-        for request_id in complete
+        [[file.records[request_id] for file in stage] for stage in stages.values()] for request_id in complete
     ]
 
 
-def _merge_request(stages: Sequence[Sequence[RankRecord]]) -> RequestHeads:
-    """Puts a request's records together: `stages` is pipeline ranks, in each its tensor ranks."""
+def _summarise(stages: Stages) -> RequestSummary:
+    """A request's records, added up."""
+    records = [record for stage in stages for record in stage]
+    first = records[0]
+    num_heads = sum(record.num_heads for record in records)
+    # The prompt's partial last block stays in the tail, for every head.
+    kept = sum(record.num_kept for record in records) / num_heads + first.prompt_tokens % PAGE_TOKENS
+    return RequestSummary(
+        request_id=first.request_id,
+        compressed_at=_reported_at(stages),
+        prompt_tokens=first.prompt_tokens,
+        kept_tokens=kept,
+        kept_share=kept / first.prompt_tokens,
+        blocks_freed=first.blocks_freed,
+        arena_blocks=first.arena_blocks,
+        dynamic_share=sum(record.num_dynamic for record in records) / num_heads,
+        recalled_share=sum(record.num_recalled for record in records) / num_heads,
+        compress_seconds=sum(stage[0].compress_seconds for stage in stages),
+    )
+
+
+def _merge_request(stages: Stages) -> RequestHeads:
+    """Puts a request's heads together."""
     layers = [
         [head for rank_heads in layer for head in rank_heads]
         for stage in stages
@@ -223,7 +303,7 @@ def _merge_request(stages: Sequence[Sequence[RankRecord]]) -> RequestHeads:
     return RequestHeads(
         request_id=first.request_id,
         prompt_tokens=first.prompt_tokens,
-        arena_pages=sum(record.arena_pages for stage in stages for record in stage),
+        arena_pages=sum(record.arena_blocks * record.num_heads for stage in stages for record in stage),
         dynamic_share=sum(head.type == "dynamic" for head in heads) / len(heads),
         recalled_share=sum(head.recalled for head in heads) / len(heads),
         layers=layers,
@@ -232,7 +312,9 @@ def _merge_request(stages: Sequence[Sequence[RankRecord]]) -> RequestHeads:
 
 def _layers(record: RankRecord) -> list[list[Head]]:
     """One rank's heads, `[L][H]`."""
-    tables = (record.figure, record.dynamic, record.recalled, record.pages, record.kept_tokens)
+    heads = record.heads
+    assert heads is not None
+    tables = (heads.figure, heads.dynamic, heads.recalled, heads.pages, heads.kept_tokens)
     return [
         [
             Head(

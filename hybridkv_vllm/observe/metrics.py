@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import glob
+import math
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from hybridkv_vllm.plan import PromptPlan
 
@@ -35,7 +38,7 @@ class Description(NamedTuple):
         help: Prometheus help text.
     """
 
-    kind: Literal["counter", "gauge_sum", "gauge_livesum"]
+    kind: Literal["counter", "gauge_sum", "gauge_livesum", "histogram"]
     help: str
 
 
@@ -49,6 +52,10 @@ METRICS: Mapping[str, Description] = {
     ),
     "hybridkv_blocks_freed": Description("counter", "Prompt blocks given back to the pool by compression."),
     "hybridkv_blocks_arena": Description("gauge_livesum", "Blocks that hold compressed prompts now."),
+    "hybridkv_blocks_replaced": Description(
+        "gauge_livesum",
+        "Prompt blocks that running requests have given back and would hold now without compression.",
+    ),
     "hybridkv_heads": Description("gauge_sum", "KV heads classified so far, over all compressed prompts."),
     "hybridkv_chunks_recalled": Description(
         "counter", "Chunks copied from their tier into a hot slot while decoding."
@@ -57,6 +64,11 @@ METRICS: Mapping[str, Description] = {
     "hybridkv_host_bytes": Description(
         "gauge_livesum", "Bytes of host memory that hold chunks of dynamic heads."
     ),
+    "hybridkv_compress_seconds": Description(
+        "histogram",
+        "Time that the device spends on compressing a prompt; one observation for each prompt and pipeline "
+        "rank, of that rank's layers.",
+    ),
     "hybridkv_fallbacks": Description(
         "counter",
         "Requests served uncompressed, or KV heads pruned although they were found dynamic, by reason.",
@@ -64,6 +76,8 @@ METRICS: Mapping[str, Description] = {
 }
 # Their label values are not known beforehand; all others show 0 from the start.
 LABELLED = ("hybridkv_heads", "hybridkv_fallbacks")
+# Upper limits of the histogram's buckets, s.
+COMPRESS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)
 
 
 def prepare_directory() -> None:
@@ -134,21 +148,35 @@ class MetricsWriter:
             for kind in sorted({description.kind for description in METRICS.values()})
         }
         self._values: dict[str, float] = {}
-        for name in METRICS:
-            if name not in LABELLED:
+        for name, description in METRICS.items():
+            if description.kind == "histogram":
+                for limit in COMPRESS_BUCKETS:
+                    self._observe(name, limit, 0.0, times=0)
+            elif name not in LABELLED:
                 self.add(name, 0.0)
 
     def add(self, name: str, amount: float, **labels: str) -> None:
-        """Adds to a metric (for a gauge too)."""
-        self._write(name, labels, amount, accumulate=True)
+        """Adds to a counter or a gauge."""
+        sample = f"{name}_total" if METRICS[name].kind == "counter" else name
+        self._write(name, sample, labels, amount, accumulate=True)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Sets a gauge."""
-        self._write(name, labels, value, accumulate=False)
+        self._write(name, name, labels, value, accumulate=False)
 
-    def _write(self, name: str, labels: Mapping[str, str], value: float, *, accumulate: bool) -> None:
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a histogram."""
+        self._observe(name, COMPRESS_BUCKETS[bisect_left(COMPRESS_BUCKETS, value)], value, times=1)
+
+    def _observe(self, name: str, limit: float, value: float, *, times: int) -> None:
+        # Buckets are written apart; the collector adds up those below, and counts.
+        self._write(name, f"{name}_bucket", {"le": floatToGoString(limit)}, times, accumulate=True)
+        self._write(name, f"{name}_sum", {}, value, accumulate=True)
+
+    def _write(
+        self, name: str, sample: str, labels: Mapping[str, str], value: float, *, accumulate: bool
+    ) -> None:
         description = METRICS[name]
-        sample = f"{name}_total" if description.kind == "counter" else name
         key = mmap_key(name, sample, list(labels), list(labels.values()), description.help)
         if accumulate:
             value += self._values.get(key, 0.0)
@@ -168,9 +196,10 @@ class EngineMetrics:
         self._writer.add("hybridkv_prompt_tokens", plan.num_tokens)
         self._writer.add("hybridkv_blocks_freed", blocks_freed)
 
-    def set_arena_blocks(self, num_blocks: int) -> None:
-        """Blocks that arenas hold now."""
-        self._writer.set("hybridkv_blocks_arena", num_blocks)
+    def set_blocks(self, *, arena: int, replaced: int) -> None:
+        """Blocks that arenas hold now, and prompt blocks that these requests have given back for them."""
+        self._writer.set("hybridkv_blocks_arena", arena)
+        self._writer.set("hybridkv_blocks_replaced", replaced)
 
     def fallback(self, reason: str) -> None:
         """A request is served uncompressed."""
@@ -180,12 +209,18 @@ class EngineMetrics:
 class WorkerMetrics:
     """What a worker counts for its own KV heads."""
 
-    def __init__(self, writer: MetricsWriter, num_ranks: int) -> None:
+    def __init__(self, writer: MetricsWriter, num_ranks: int, tp_rank: int) -> None:
         self._writer = writer
         self._num_ranks = num_ranks
+        self._tp_rank = tp_rank
 
-    def compressed(self, kept_per_head: float, num_static: int, num_dynamic: int) -> None:
-        """A prompt was compressed on this rank; the ranks' means add up to the mean over all heads."""
+    def compressed(self, kept_per_head: float, num_static: int, num_dynamic: int, seconds: float) -> None:
+        """A prompt was compressed on this rank; the ranks' means add up to the mean over all heads.
+
+        Tensor ranks work in step: the first one's time stands for all.
+        """
+        if self._tp_rank == 0:
+            self._writer.observe("hybridkv_compress_seconds", seconds)
         self._writer.add("hybridkv_kept_tokens", kept_per_head / self._num_ranks)
         self._writer.add("hybridkv_heads", num_static, type="static")
         self._writer.add("hybridkv_heads", num_dynamic, type="dynamic")
@@ -215,9 +250,9 @@ def engine_metrics() -> EngineMetrics:
     return EngineMetrics(_writer(os.getpid(), metrics_directory()))
 
 
-def worker_metrics(num_ranks: int) -> WorkerMetrics:
+def worker_metrics(num_ranks: int, tp_rank: int) -> WorkerMetrics:
     """A worker process's metrics; `num_ranks` ranks share the model's KV heads."""
-    return WorkerMetrics(_writer(os.getpid(), metrics_directory()), num_ranks)
+    return WorkerMetrics(_writer(os.getpid(), metrics_directory()), num_ranks, tp_rank)
 
 
 class Sample(NamedTuple):

@@ -49,6 +49,8 @@ class HybridKVScheduler(Scheduler):
         self.hybridkv_manager = manager
         self.hybridkv_metrics = engine_metrics()
         self._ending_tokens = 0
+        # Requests whose answer says what became of their prompt.
+        self._reporting: set[str] = set()
 
     def add_request(self, request: Request) -> None:
         """Decides, when a request arrives, whether and how its prompt will be compressed."""
@@ -69,6 +71,8 @@ class HybridKVScheduler(Scheduler):
             # The API process rejects these; a front end without our check must not bring the engine down.
             self._fall_back("bad_request_options", str(error))
             return None
+        if wanted.hybridkv_report:
+            self._reporting.add(request.request_id)
         num_tokens = request.num_prompt_tokens
         if not wanted.hybridkv_enabled or num_tokens < max(options.min_prompt_tokens, PAGE_TOKENS):
             return None
@@ -158,13 +162,36 @@ class HybridKVScheduler(Scheduler):
                 self.hybridkv_metrics.compressed(grant.plan, blocks_freed=grant.plan.num_full_blocks)
             elif grant.plan.keeps_prompt_blocks:
                 self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
-        self.hybridkv_metrics.set_arena_blocks(manager.num_arena_blocks)
+        self.hybridkv_metrics.set_blocks(arena=manager.num_arena_blocks, replaced=manager.num_replaced_blocks)
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        freed = super()._free_request(request, delay_free_blocks)
+        """As in vLLM; what it returns for the answer's `kv_transfer_params` also tells of the compression.
+
+        That field is for connectors, which HybridKV refuses, and the one way from here into an answer.
+        """
+        report = self._report(request)
+        kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         self.hybridkv_manager.drop_plan(request.request_id)
-        return freed
+        return (kv_params if report is None else {**(kv_params or {}), "hybridkv": report}), ec_params
+
+    def _report(self, request: Request) -> dict[str, Any] | None:
+        """What became of a finished request's prompt, if it asked; to be called before its blocks go."""
+        if request.request_id not in self._reporting:
+            return None
+        self._reporting.discard(request.request_id)
+        manager, num_tokens = self.hybridkv_manager, request.num_prompt_tokens
+        plan = manager.plans.get(request.request_id)
+        if plan is None or request.request_id not in manager.arenas:
+            return {"compressed": False, "prompt_tokens": num_tokens}
+        kept = min(num_tokens, plan.arena_size * PAGE_TOKENS + num_tokens % PAGE_TOKENS)
+        return {
+            "compressed": True,
+            "prompt_tokens": num_tokens,
+            "kept_share": round(kept / num_tokens, 4),
+            "arena_blocks": plan.arena_size,
+            "blocks_freed": plan.num_full_blocks if manager.is_released(request.request_id) else 0,
+        }
 
 
 class HybridKVAsyncScheduler(HybridKVScheduler, AsyncScheduler):

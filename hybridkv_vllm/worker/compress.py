@@ -12,8 +12,9 @@ from hybridkv_kernels.window_scores import window_scores
 from torch import Tensor
 
 from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.observe.heads import HeadsReport
+from hybridkv_vllm.observe.heads import HeadsReport, HeadTables
 from hybridkv_vllm.observe.metrics import WorkerMetrics
+from hybridkv_vllm.observe.timing import DeviceTimer
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, ceil_pages
 from hybridkv_vllm.policies import PromptScores, Selection, Verdict, get_policy
 from hybridkv_vllm.worker.host_tier import Reservation
@@ -36,6 +37,7 @@ class Compression:
         reservation: host memory for the chunks of the heads that recall; None without a host tier.
         recalls: whether dynamic heads ought to recall, so that those that do not are counted.
         store_end: as `RecallBeginning` says; None where no head could recall.
+        timer: the device's time for it.
     """
 
     grant: ArenaGrant
@@ -43,6 +45,7 @@ class Compression:
     reservation: Reservation | None
     recalls: bool
     store_end: Tensor | None
+    timer: DeviceTimer
 
 
 class PrefillEnd:
@@ -86,6 +89,7 @@ class PrefillEnd:
             self._is_visual[start:end] = True
         self._verdicts: list[Verdict] = []
         self._recall = begin_recall(tables.recall, shape, slot, plan)
+        self._timer = DeviceTimer(device)
 
     def score(self, query: Tensor, layer: int, scale: float) -> None:
         """Scores one layer's keys from the observation window and judges its heads.
@@ -93,6 +97,7 @@ class PrefillEnd:
         Chunks of dynamic heads are then on their way to the host while later layers compute. `query` is the
         step's `[N, Hq, D]`.
         """
+        self._timer.mark()
         blocks = self._tables.decode.blocks[self._slot]
         window_scores(
             query[self._window],
@@ -114,6 +119,7 @@ class PrefillEnd:
         if self._recall is not None:
             pool = self._tables.pool
             self._recall.take_layer(layer, verdict.dynamic, pool, blocks[: self.plan.num_full_blocks])
+        self._timer.mark()
 
     def _scores(self, layers: slice) -> PromptScores:
         return PromptScores(
@@ -127,6 +133,7 @@ class PrefillEnd:
 
     def compress(self) -> Compression:
         """Chooses what stays and moves it into the arena; after the last layer wrote its keys and values."""
+        self._timer.mark()
         plan, tables, shape, recall = self.plan, self._tables, self._tables.shape, self._recall
         positions = 0 if recall is None else recall.position_pages
         selection = self._policy.select(
@@ -145,12 +152,14 @@ class PrefillEnd:
             recall.finish(selection.recalled, tables.pool, blocks, arena, extents, dest)
         tables.decode.extents[self._slot].copy_(extents)
         tables.decode.tail_start[self._slot].fill_(plan.num_full_blocks * PAGE_TOKENS)
+        self._timer.mark()
         return Compression(
             grant=self._grant,
             selection=selection,
             reservation=None if recall is None else recall.reservation,
             recalls=tables.recall is not None and plan.recalls,
             store_end=None if recall is None else recall.store_end,
+            timer=self._timer,
         )
 
 
@@ -208,7 +217,7 @@ class CompressionLog:
                 self._metrics.set_host_bytes(self._recall.tier.bytes_held)
 
     def _count_compression(self, figures: Tensor, compression: Compression) -> None:
-        grant = compression.grant
+        grant, seconds = compression.grant, compression.timer.seconds()
         figure, dynamic, recalled, pages, lengths, store_end = figures
         num_dynamic = int(dynamic.sum())
         if compression.reservation is not None and self._recall is not None and self._recall.tier is not None:
@@ -220,16 +229,18 @@ class CompressionLog:
             self._count_pruned(NO_ROOM_FOR_LANDMARKS, num_in_tier - int(recalled.sum()))
         # The prompt's partial last block stays in the tail, for every head.
         kept = float(lengths.mean()) + grant.plan.num_tokens % PAGE_TOKENS
-        self._metrics.compressed(kept, dynamic.numel() - num_dynamic, num_dynamic)
+        self._metrics.compressed(kept, dynamic.numel() - num_dynamic, num_dynamic, seconds)
         self._heads.record(
             grant.request_id,
-            grant.plan.num_tokens,
-            len(grant.block_ids) * dynamic.numel(),
-            figure.tolist(),
-            dynamic.bool().tolist(),
-            recalled.bool().tolist(),
-            pages.int().tolist(),
-            lengths.int().tolist(),
+            grant.plan,
+            seconds,
+            HeadTables(
+                figure=figure.tolist(),
+                dynamic=dynamic.bool().tolist(),
+                recalled=recalled.bool().tolist(),
+                pages=pages.int().tolist(),
+                kept_tokens=lengths.int().tolist(),
+            ),
         )
 
     def _count_pruned(self, reason: str, num_heads: int) -> None:

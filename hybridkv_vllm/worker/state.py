@@ -94,10 +94,9 @@ class HybridKVModelState(DefaultModelState):
         )
         parallel = self.vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        heads = heads_report(
-            parallel.data_parallel_index, get_pp_group().rank_in_group, get_tp_group().rank_in_group
-        )
-        self._log = CompressionLog(worker_metrics(ranks), heads, recall, self.device)
+        tp_rank = get_tp_group().rank_in_group
+        heads = heads_report(parallel.data_parallel_index, get_pp_group().rank_in_group, tp_rank)
+        self._log = CompressionLog(worker_metrics(ranks, tp_rank), heads, recall, self.device)
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton" and self.device.type == "cuda":

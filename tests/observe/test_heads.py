@@ -1,4 +1,4 @@
-"""The report on KV heads: ranks put together, whole files only, the last 16 requests."""
+"""The report on prompts and KV heads: ranks put together, whole files only, the last 64 and 16 requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,10 +16,20 @@ import pytest
 from pydantic import ValidationError
 
 from hybridkv_vllm.observe import heads
-from hybridkv_vllm.observe.heads import KEPT_REQUESTS, HeadsReport, heads_report, read_heads
+from hybridkv_vllm.observe.heads import (
+    KEPT_REQUESTS,
+    LISTED_REQUESTS,
+    HeadsReport,
+    HeadTables,
+    heads_report,
+    read_heads,
+    read_requests,
+)
+from hybridkv_vllm.plan import make_plan
 
 HEADS = 2
 LAYERS = 3
+BUDGET = 0.0625  # Of 1,000 tokens and a few more: 4 blocks.
 
 
 def code(number: int, pp_rank: int, tp_rank: int, layer: int, head: int) -> int:
@@ -38,16 +49,15 @@ def record(
     places = [
         [code(number, pp_rank, tp_rank, layer, head) for head in range(HEADS)] for layer in range(layers)
     ]
-    report.record(
-        name or f"r{number}",
-        prompt_tokens=1000 + number,
-        arena_pages=layers * HEADS * 4,
+    heads = HeadTables(
         figure=[[place / 8 for place in row] for row in places],
         dynamic=[[place % 2 == 0 for place in row] for row in places],
         recalled=[[place % 2 == 0 and tp_rank == 0 for place in row] for row in places],
         pages=[[place + 1 for place in row] for row in places],
         kept_tokens=[[place + 2 for place in row] for row in places],
     )
+    plan = make_plan(1000 + number, (), BUDGET, 64)
+    report.record(name or f"r{number}", plan, 0.01 + pp_rank + 10 * tp_rank, heads)
 
 
 def names() -> list[str]:
@@ -119,10 +129,24 @@ def test_ranks_of_a_request_are_put_together(directory: Path, start_worker: Call
     assert newest.dynamic_share == 1 / 2
     assert newest.recalled_share == 1 / 4
 
+    listed = read_requests()
+    assert [request.request_id for request in listed] == ["r6", "r5"]
+    request = listed[0]
+    assert request.prompt_tokens == 1006
+    # The mean over heads, and the 14 tokens of the last block.
+    flat = [place + 2 for layer in places for place in layer]
+    assert request.kept_tokens == sum(flat) / len(flat) + 1006 % 16
+    assert request.kept_share == request.kept_tokens / 1006
+    assert (request.blocks_freed, request.arena_blocks) == (62, 4)
+    assert (request.dynamic_share, request.recalled_share) == (1 / 2, 1 / 4)
+    # Of each pipeline rank what its first tensor rank measured.
+    assert request.compress_seconds == pytest.approx(0.01 + 1.01)
+    assert listed[1].compressed_at < request.compressed_at <= time.time()
+
     # The dead have left their files, but these do not count.
     for worker in ranks.values():
         worker.kill()
-    assert read_heads() == []
+    assert read_heads() == read_requests() == []
     assert len(list(directory.glob("heads-*.json"))) == 4
 
 
@@ -178,6 +202,46 @@ def test_the_last_16_requests_stay(directory: Path) -> None:
     assert [name for name in names() if name in ("r8", "r9", "r10", "r11")] == ["r9", "r11"]
 
 
+def test_the_last_64_requests_are_listed(directory: Path) -> None:
+    report = heads_report(0, 0, 0)
+    for number in range(1, 71):
+        record(report, number)
+    listed = [request.request_id for request in read_requests()]
+    assert listed == [f"r{number}" for number in range(70, 6, -1)]
+    assert len(listed) == LISTED_REQUESTS
+    assert names() == listed[:KEPT_REQUESTS]
+    assert [request.request_id for request in read_heads(limit=1)] == ["r70"]
+    # The heads of older ones are not in the file.
+    (file,) = directory.iterdir()
+    assert [entry["heads"] is not None for entry in json.loads(file.read_text())] == [False] * 48 + [
+        True
+    ] * 16
+    record(report, 80, name="r20")
+    assert names()[:2] == ["r20", "r70"]
+    assert len(read_requests()) == LISTED_REQUESTS
+
+
+def test_a_rank_that_is_ahead_hides_no_heads_that_all_have(
+    directory: Path, start_worker: Callable[..., Any]
+) -> None:
+    ahead, behind = (start_worker(report_as_rank, 0, 0, tp_rank, 1) for tp_rank in range(2))
+    assert ahead.hear() == behind.hear() == "ready"
+    for number in range(1, 19):
+        tell(ahead, number)
+    for number in range(1, 18):
+        tell(behind, number)
+    assert [request.request_id for request in read_requests()] == [f"r{n}" for n in range(17, 0, -1)]
+    # One rank has the heads of 3 to 18, the other those of 2 to 17.
+    assert names() == [f"r{number}" for number in range(17, 2, -1)]
+
+
+def test_blocks_that_stay_are_not_freed(directory: Path) -> None:
+    heads = HeadTables(figure=[[0.5]], dynamic=[[True]], recalled=[[True]], pages=[[4]], kept_tokens=[[32]])
+    heads_report(0, 0, 0).record("r1", make_plan(1000, ((10, 900),), BUDGET, 64, "gpu"), 0.1, heads)
+    (request,) = read_requests()
+    assert (request.blocks_freed, request.arena_blocks) == (0, 4)
+
+
 def test_a_new_worker_of_a_rank_replaces_the_old(directory: Path) -> None:
     record(heads_report(0, 0, 0), 1)
     assert names() == ["r1"]
@@ -212,7 +276,8 @@ def test_a_full_disk_does_not_stop_the_worker(directory: Path, monkeypatch: pyte
     record(report, 2)
     record(report, 3)
     assert warnings == [
-        "hybridkv: /hybridkv/heads will lack requests, [Errno 28] No space left on device; free some space"
+        "hybridkv: /hybridkv/requests and /heads will lack requests, "
+        "[Errno 28] No space left on device; free some space"
     ]
     assert names() == ["r1"]
     monkeypatch.undo()
@@ -240,18 +305,19 @@ def test_the_file_holds_no_more_than_the_figures(directory: Path) -> None:
         "request_id",
         "recorded_at",
         "prompt_tokens",
-        "arena_pages",
-        "figure",
-        "dynamic",
-        "recalled",
-        "pages",
-        "kept_tokens",
+        "arena_blocks",
+        "blocks_freed",
+        "compress_seconds",
+        "num_heads",
+        "num_dynamic",
+        "num_recalled",
+        "num_kept",
+        "heads",
     }
+    assert set(entry["heads"]) == {"figure", "dynamic", "recalled", "pages", "kept_tokens"}
 
 
 def test_a_wrong_type_is_refused(directory: Path) -> None:
-    report = heads_report(0, 0, 0)
-    table: Any = [[0.5]]
+    table: Any = [0.5]
     with pytest.raises(ValidationError, match="figure"):
-        report.record("r", 1, 1, table[0], [[True]], [[True]], [[1]], [[1]])
-    assert read_heads() == []
+        HeadTables(figure=table, dynamic=[[True]], recalled=[[True]], pages=[[1]], kept_tokens=[[1]])

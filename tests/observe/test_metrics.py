@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.utils import floatToGoString
 
 from hybridkv_vllm.observe.metrics import (
+    COMPRESS_BUCKETS,
     LABELLED,
     METRICS,
     LiveCollector,
@@ -24,7 +27,22 @@ from hybridkv_vllm.observe.metrics import (
 )
 from hybridkv_vllm.plan import make_plan
 
-NAMES = {f"{name}_total" if description.kind == "counter" else name for name, description in METRICS.items()}
+NAMES = {
+    f"{name}_total" if description.kind == "counter" else name
+    for name, description in METRICS.items()
+    if description.kind != "histogram"
+}
+
+
+def histogram(*seconds: float) -> dict[str, float]:
+    """What `/metrics` shows of these compressions' times."""
+    name = "hybridkv_compress_seconds"
+    limits = {floatToGoString(limit): limit for limit in COMPRESS_BUCKETS}
+    return {
+        **{f'{name}_bucket{{le="{le}"}}': sum(s <= limit for s in seconds) for le, limit in limits.items()},
+        f"{name}_sum": pytest.approx(sum(seconds)),
+        f"{name}_count": len(seconds),
+    }
 
 
 def exposed(text: str) -> dict[str, float]:
@@ -50,10 +68,10 @@ def scraped(directory: Path) -> dict[str, float]:
     return values
 
 
-def count_as_rank(connection: Connection, num_ranks: int, host_bytes: int) -> None:
+def count_as_rank(connection: Connection, num_ranks: int, tp_rank: int, host_bytes: int) -> None:
     """A worker: each message sets the host bytes anew, the first also counts one compression."""
-    metrics = worker_metrics(num_ranks)
-    metrics.compressed(100.0, num_static=3, num_dynamic=1)
+    metrics = worker_metrics(num_ranks, tp_rank)
+    metrics.compressed(100.0, num_static=3, num_dynamic=1, seconds=0.02 + tp_rank)
     metrics.chunks(hit=30, recalled=2)
     metrics.chunks(hit=1, recalled=5)
     metrics.heads_pruned("host_pool_full", 2)
@@ -76,8 +94,8 @@ def serve_registry(connection: Connection) -> None:
 
 
 def test_every_name_shows_zero_from_the_start(directory: Path) -> None:
-    worker_metrics(1)
-    expected = {name: 0 for name in NAMES if name.removesuffix("_total") not in LABELLED}
+    worker_metrics(1, 0)
+    expected = {name: 0 for name in NAMES if name.removesuffix("_total") not in LABELLED} | histogram()
     assert {"hybridkv_chunks_recalled_total", "hybridkv_chunks_hit_total", "hybridkv_host_bytes"} < set(
         expected
     )
@@ -85,6 +103,7 @@ def test_every_name_shows_zero_from_the_start(directory: Path) -> None:
     text = generate_latest(_registry(directory)).decode()
     assert "# TYPE hybridkv_host_bytes gauge" in text
     assert "# TYPE hybridkv_chunks_recalled_total counter" in text
+    assert "# TYPE hybridkv_compress_seconds histogram" in text
 
 
 def _registry(directory: Path) -> CollectorRegistry:
@@ -94,7 +113,7 @@ def _registry(directory: Path) -> CollectorRegistry:
 
 
 def test_the_help_text_names_the_unit_of_pruned_heads(directory: Path) -> None:
-    worker_metrics(1).heads_pruned("landmarks", 4)
+    worker_metrics(1, 0).heads_pruned("landmarks", 4)
     text = generate_latest(_registry(directory)).decode()
     (line,) = (line for line in text.splitlines() if line.startswith("# HELP hybridkv_fallbacks"))
     assert "KV heads" in line
@@ -103,7 +122,7 @@ def test_the_help_text_names_the_unit_of_pruned_heads(directory: Path) -> None:
 
 def test_requests_and_heads_of_one_reason_do_not_mix(directory: Path) -> None:
     engine_metrics().fallback("pool_too_small")
-    worker_metrics(1).heads_pruned("host_pool_full", 7)
+    worker_metrics(1, 0).heads_pruned("host_pool_full", 7)
     values = scraped(directory)
     assert values['hybridkv_fallbacks_total{reason="pool_too_small"}'] == 1
     assert values['hybridkv_fallbacks_total{reason="host_pool_full"}'] == 7
@@ -113,8 +132,10 @@ def test_ranks_add_up_and_a_dead_one_holds_nothing(directory: Path, start_worker
     server = start_worker(serve_registry)
     assert server.hear() == "prepared"
     engine_metrics().compressed(make_plan(400, (), 0.25, 64), blocks_freed=25)
-    engine_metrics().set_arena_blocks(7)
-    ranks = [start_worker(count_as_rank, 2, host_bytes) for host_bytes in (1000, 200)]
+    engine_metrics().set_blocks(arena=7, replaced=25)
+    ranks = [
+        start_worker(count_as_rank, 2, tp_rank, host_bytes) for tp_rank, host_bytes in enumerate((1000, 200))
+    ]
     for rank in ranks:
         assert rank.hear() == "counted"
     totals = {
@@ -122,12 +143,15 @@ def test_ranks_add_up_and_a_dead_one_holds_nothing(directory: Path, start_worker
         "hybridkv_prompt_tokens_total": 400,
         "hybridkv_blocks_freed_total": 25,
         "hybridkv_blocks_arena": 7,
+        "hybridkv_blocks_replaced": 25,
         "hybridkv_kept_tokens_total": 100,
         'hybridkv_heads{type="static"}': 6,
         'hybridkv_heads{type="dynamic"}': 2,
         "hybridkv_chunks_hit_total": 62,
         "hybridkv_chunks_recalled_total": 14,
         'hybridkv_fallbacks_total{reason="host_pool_full"}': 10,
+        # The first tensor rank's time stands for both.
+        **histogram(0.02),
     }
     assert scraped(directory) == {**totals, "hybridkv_host_bytes": 1200}
     # `set` is a process' own value: it replaces that, not the other's.
@@ -144,6 +168,33 @@ def test_ranks_add_up_and_a_dead_one_holds_nothing(directory: Path, start_worker
     assert isinstance(text, str)
     shown = exposed(text)
     assert {name: value for name, value in shown.items() if name.startswith("hybridkv_")} == expected
+
+
+def test_times_are_counted_over_processes_and_in_the_right_bucket(
+    directory: Path, start_worker: Callable[..., Any]
+) -> None:
+    stages = [start_worker(count_as_rank, 2, 0, 0) for _ in range(2)]
+    assert [stage.hear() for stage in stages] == ["counted"] * 2
+    # A time that is a limit belongs to its bucket.
+    times = (0.0, 0.0005, 0.001, 0.0010001, 0.5, 10.0, 10.1, 7200.0)
+    metrics = worker_metrics(2, 0)
+    for seconds in times:
+        metrics.compressed(1.0, num_static=1, num_dynamic=0, seconds=seconds)
+    shown = {name: value for name, value in scraped(directory).items() if "seconds" in name}
+    assert shown == histogram(*times, 0.02, 0.02)
+    # What a dead process has timed stays.
+    stages[0].kill()
+    assert scraped(directory)["hybridkv_compress_seconds_count"] == len(times) + 2
+
+
+def test_vllms_own_collector_reads_the_same_where_there_are_several_api_servers(directory: Path) -> None:
+    """Then the files lie in vLLM's own directory, among its own."""
+    worker_metrics(1, 0).compressed(10.0, num_static=1, num_dynamic=1, seconds=0.3)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))
+    shown = exposed(generate_latest(registry).decode())
+    assert shown == scraped(directory)
+    assert shown.items() >= histogram(0.3).items()
 
 
 @pytest.mark.parametrize("pid", [1, None], ids=["someone else's", "this process"])

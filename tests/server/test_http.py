@@ -76,7 +76,14 @@ REFUSED = [
     ({"hybridkv_budget": 1.5}, "option 'hybridkv_budget' is 1.5: input should be less than or equal to 1"),
     ({"hybridkv_budget": "abc"}, "option 'hybridkv_budget' is 'abc': input should be a valid number"),
     ({"hybridkv_enabled": 7}, "option 'hybridkv_enabled' is 7: input should be a valid boolean"),
-    ({"hybridkv_bugdet": 0.2}, "unknown option 'hybridkv_bugdet' (known: hybridkv_budget, hybridkv_enabled)"),
+    (
+        {"hybridkv_bugdet": 0.2},
+        "unknown option 'hybridkv_bugdet' (known: hybridkv_budget, hybridkv_enabled, hybridkv_report)",
+    ),
+    (
+        {"hybridkv_report": "perhaps"},
+        "option 'hybridkv_report' is 'perhaps': input should be a valid boolean",
+    ),
 ]
 
 
@@ -107,8 +114,10 @@ class Counters:
                 if sample.name.startswith(("hybridkv_", "vllm:kv_cache_usage", "vllm:num_requests_running")):
                     own = {k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")}
                     label = "".join(f'{{{name}="{value}"}}' for name, value in own.items())
-                    self.values[sample.name + label] = sample.value
                     self.names.add(sample.name)
+                    # How long something took is nothing to be exact about.
+                    if not sample.name.endswith(("_seconds_sum", "_seconds_bucket")):
+                        self.values[sample.name + label] = sample.value
 
     def since(self, before: Counters) -> dict[str, float]:
         """What has grown (or shrunk)."""
@@ -216,6 +225,7 @@ def expected_counts(requests: Sequence[Served], num_dynamic: Sequence[int]) -> d
         "hybridkv_kept_tokens_total": sum(
             kept_tokens(request, dynamic) for request, dynamic in zip(requests, num_dynamic, strict=True)
         ),
+        "hybridkv_compress_seconds_count": len(requests),
         'hybridkv_heads{type="static"}': len(requests) * NUM_HEADS - sum(num_dynamic),
         'hybridkv_heads{type="dynamic"}': sum(num_dynamic),
         'hybridkv_fallbacks_total{reason="landmarks_do_not_fit"}': sum(pruned),
@@ -484,6 +494,30 @@ def test_a_request_can_go_without_compression_or_keep_everything(client: OpenAI,
     assert pruned != pytest.approx(token_logprobs(exact), abs=1e-3)
 
 
+def test_an_answer_says_what_became_of_its_prompt_if_asked(client: OpenAI, server: Server) -> None:
+    assert ask(client, max_tokens=3).model_extra["kv_transfer_params"] is None
+    before = settled(server)
+    answer = ask(client, xargs={"hybridkv_report": True}, max_tokens=3)
+    changes = settled(server).since(before)
+    tokens = answer.usage.prompt_tokens
+    arena = arena_blocks(BUDGET, tokens)
+    assert answer.model_extra["kv_transfer_params"] == {
+        "hybridkv": {
+            "compressed": True,
+            "prompt_tokens": tokens,
+            "kept_share": round((arena * PAGE_TOKENS + tokens % PAGE_TOKENS) / tokens, 4),
+            "arena_blocks": arena,
+            "blocks_freed": changes["hybridkv_blocks_freed_total"],
+        }
+    }
+    exact = ask(client, xargs={"hybridkv_report": True, "hybridkv_enabled": False}, max_tokens=3)
+    told = exact.model_extra["kv_transfer_params"]
+    assert told == {"hybridkv": {"compressed": False, "prompt_tokens": tokens}}
+    # An answer of one token ends in the step that compresses: nothing went back early.
+    short = ask(client, xargs={"hybridkv_report": True}, max_tokens=1)
+    assert short.model_extra["kv_transfer_params"]["hybridkv"]["blocks_freed"] == 0
+
+
 def test_short_prompts_stay_uncompressed(client: OpenAI, server: Server) -> None:
     for tokens, compressed in ((MIN_PROMPT_TOKENS - 1, False), (MIN_PROMPT_TOKENS, True)):
         before = settled(server)
@@ -561,6 +595,7 @@ def test_heads_tell_of_the_last_requests_and_nothing_of_their_content(client: Op
 
 def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Server) -> None:
     # A prompt that would fill the sequence, and an arena as large as the prompt: more than the whole cache.
+    start = time.monotonic()
     before = settled(server)
     tokens = ask(client, max_tokens=2, xargs={"hybridkv_enabled": False}).usage.prompt_tokens
     longest = math.ceil(MAX_MODEL_LEN / PAGE_TOKENS)
@@ -577,8 +612,8 @@ def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Ser
     ask(client)
 
     now = settled(server)
-    for name, description in METRICS.items():
-        assert f"{name}_total" if description.kind == "counter" else name in now.names, name
+    suffixes = {"counter": "_total", "histogram": "_bucket"}
+    assert {name + suffixes.get(description.kind, "") for name, description in METRICS.items()} <= now.names
     stats = Stats.model_validate(server.get("/hybridkv/stats").json())
     values = now.values
     assert stats.requests_compressed == values["hybridkv_requests_compressed_total"] > 0
@@ -593,6 +628,10 @@ def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Ser
     assert stats.chunks_hit == values["hybridkv_chunks_hit_total"] > 0
     assert stats.hit_rate == stats.chunks_hit / (stats.chunks_hit + stats.chunks_recalled)
     assert stats.host_bytes == values["hybridkv_host_bytes"] == 0
+    assert stats.blocks_replaced == values["hybridkv_blocks_replaced"] == 0
+    assert stats.compress_seconds_count == values["hybridkv_compress_seconds_count"]
+    assert stats.compress_seconds_count == stats.requests_compressed
+    assert 0 < stats.compress_seconds_sum < time.monotonic() - start
     counted = {name: value for name, value in values.items() if name.startswith("hybridkv_fallbacks_total")}
     assert {f'hybridkv_fallbacks_total{{reason="{reason}"}}': n for reason, n in stats.fallbacks.items()} == (
         counted
@@ -620,6 +659,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
             next(lines)
         during = Counters(server)
         assert during.values["hybridkv_blocks_arena"] == arena_blocks(BUDGET, tokens)
+        assert during.values["hybridkv_blocks_replaced"] == tokens // PAGE_TOKENS
         assert during.values["vllm:num_requests_running"] == 1
         report = heads_reports(server)[0]
         assert answer_id in report.request_id
@@ -629,6 +669,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
         assert during.values["hybridkv_host_bytes"] == host_bytes > 0
         assert Stats.model_validate(server.get("/hybridkv/stats").json()).host_bytes == host_bytes
     assert wait_for(lambda: Counters(server).values["hybridkv_blocks_arena"] == 0)
+    assert Counters(server).values["hybridkv_blocks_replaced"] == 0
     assert wait_for(lambda: Counters(server).values["hybridkv_host_bytes"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:num_requests_running"] == 0)
     assert wait_for(lambda: Counters(server).values["vllm:kv_cache_usage_perc"] == 0)
@@ -643,7 +684,7 @@ def test_without_the_endpoint_plugin_the_routes_are_off_and_the_counters_on(
     # Several API servers share vLLM's own directory of counters: another way for ours to /metrics.
     arguments = (*ARGUMENTS, "--api-server-count", "2")
     with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:
-        for path in ("/hybridkv/stats", "/hybridkv/heads"):
+        for path in ("/hybridkv", "/hybridkv/", "/hybridkv/stats", "/hybridkv/requests", "/hybridkv/heads"):
             assert httpx.get(it.url + path, timeout=60).status_code == httpx.codes.NOT_FOUND
         before = settled(it)
         with OpenAI(base_url=it.url + "/v1", api_key="none", max_retries=0) as client:
