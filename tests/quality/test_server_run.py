@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import socket
+import threading
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI, Header, HTTPException
 from hybridkv_quality.evaluate_server import in_batches
 from hybridkv_quality.records import JsonLines, Record
 from hybridkv_quality.report import Results
 from hybridkv_quality.sample import Message, Sample
-from hybridkv_quality.server_target import ServerRun, ServerSettings
+from hybridkv_quality.server_target import OpenAIServer, ServerRun, ServerSettings
+from hybridkv_quality.settings import UsageError
 from openai.types.chat import ChatCompletion
 from quality_cases import heads_example, write_lines
+from starlette.datastructures import State
 
 from hybridkv_vllm.cli import main
 from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.observe.api import Stats
+from hybridkv_vllm.observe.api import HybridKVEndpoints, Stats
 from hybridkv_vllm.observe.heads import RequestHeads
+from hybridkv_vllm.observe.metrics import DIRECTORY_VARIABLE
 from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, ceil_pages
 from hybridkv_vllm.server import serve
 from hybridkv_vllm.tiny_model import sample_picture
@@ -34,11 +44,14 @@ def stats(**counted: Any) -> Stats:
         "kept_share": None,
         "blocks_freed": 0,
         "blocks_arena": 0,
+        "blocks_replaced": 0,
         "heads": {},
         "chunks_recalled": 0,
         "chunks_hit": 0,
         "hit_rate": None,
         "host_bytes": 0,
+        "compress_seconds_count": 0,
+        "compress_seconds_sum": 0.0,
         "fallbacks": {},
         "options": ServerOptions(),
     }
@@ -216,3 +229,40 @@ def test_a_real_server_is_asked_and_its_memory_told(
     results = Results.model_validate_json((out / "results.json").read_text())
     assert results.conditions[0].memory.seen == 3
     assert (out / "plots" / "heads_photo.png").exists()
+
+
+@pytest.fixture
+def url_with_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with a key: HybridKV's own routes, and a list of models behind the same key."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    endpoints, app = HybridKVEndpoints(), FastAPI()
+    endpoints.attach_router(app)
+    config = SimpleNamespace(additional_config={"hybridkv": {}})
+    asyncio.run(
+        endpoints.init_state(SimpleNamespace(vllm_config=config), State(), Namespace(api_key=["right"]))
+    )
+
+    @app.get("/v1/models")
+    def models(authorization: Annotated[str, Header()]) -> dict[str, Any]:
+        if authorization != "Bearer right":
+            raise HTTPException(401)
+        return {"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "us"}]}
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_servers_key_comes_from_the_environment(url_with_key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
+    target = OpenAIServer(ServerSettings(url=url_with_key))
+    assert (target.model, target.policy) == ("m", "hybridkv")
+    assert target.stats() is not None
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(UsageError, match="is OPENAI_API_KEY the server's key"):
+        OpenAIServer(ServerSettings(url=url_with_key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import KEPT_REQUESTS, RequestHeads
 from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, ceil_pages
 
+# The OpenAI client's own.
+KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT_SECONDS = 600
 # The client waits longer from try to try: about half a minute in all.
 RETRIES = 6
@@ -75,12 +78,13 @@ class OpenAIServer:
             UsageError: nothing answers there, or it has no such model.
         """
         self._settings = settings
+        key = os.environ.get(KEY_VARIABLE) or "none"
         self._client = openai.OpenAI(
-            base_url=settings.url, api_key="none", timeout=TIMEOUT_SECONDS, max_retries=RETRIES
+            base_url=settings.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=RETRIES
         )
         self.model = self._find_model()
         root = settings.url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(base_url=root, timeout=60)
+        self._http = httpx.Client(base_url=root, timeout=60, headers={"Authorization": f"Bearer {key}"})
         self.options = stats.options if (stats := self.stats()) is not None else None
 
     @property
@@ -98,7 +102,8 @@ class OpenAIServer:
             ) from None
         except openai.APIStatusError as error:
             raise UsageError(
-                f"--url {url}: HTTP {error.status_code} for the list of models; does the URL end in /v1?"
+                f"--url {url}: HTTP {error.status_code} for the list of models; does the URL end in /v1, and "
+                f"is {KEY_VARIABLE} the server's key, if it has one?"
             ) from None
         if wanted is None and len(served) == 1:
             return served[0]
