@@ -300,6 +300,8 @@ def _servers(report: Report, machine: str, name: str, plots: Path) -> Iterator[s
         f"hybridkv (budget {settings['budget']}, tier {settings['dynamic_tier']}) in KV memory for "
         f"{settings['prompts_in_memory']} conversations of {settings['prompt_tokens']} visual tokens."
     )
+    if "CPU" in report.environment.device:
+        yield "Here hybridkv runs its torch references: how many decode at once counts, times do not."
     yield ""
     place = plots / name
     place.mkdir(parents=True, exist_ok=True)
