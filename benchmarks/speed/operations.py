@@ -236,7 +236,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "select": Operation(make_layer, select, OURS, applies=_recalls),
         "gather": Operation(make_layer, gather, OURS, applies=_recalls),
         "step": Operation(make_layer, step, OURS),
-        "prefill": Operation(make_forward, prefill, ("fa3", "torch"), _one_uncompressed),
+        "prefill": Operation(make_forward, prefill, ("fa3", "sdpa"), _one_uncompressed),
         "prefill_end": Operation(make_prompt, prefill_end, OURS, _one),
         "window": Operation(make_prompt, window, OURS, _one),
         "move": Operation(make_prompt, move, OURS, _one),

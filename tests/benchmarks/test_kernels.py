@@ -42,7 +42,7 @@ def ratios(*records: Record) -> dict[str, float]:
 def test_every_operation_is_right(op: str, tier: str) -> None:
     operation = OPERATIONS[op]
     case = operation.case(Case(2, 256, 0.5, dynamic=0.5, tier=tier, missed=0.3))
-    backend = "triton" if "triton" in operation.backends else "torch"
+    backend = "triton" if "triton" in operation.backends else "sdpa"
     if not operation.applies(case):
         assert (op, tier) == ("offload", "gpu")
         return
