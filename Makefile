@@ -11,11 +11,12 @@ setup:
 demo: setup
 	@$(RUN) -m hybridkv_vllm.demo
 
-test: setup lint
-	$(RUN) -m pytest
+# What starts engines and servers wants the machine for itself; of all else each file takes a core.
+test: lint test-fast
+	$(RUN) -m pytest -m slow
 
 test-fast: setup
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

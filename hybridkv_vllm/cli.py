@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridkv_quality import calibrate
+from hybridkv_quality import calibrate, inspection
 from hybridkv_quality import command as evaluation
 from rich.console import Console
 
@@ -161,6 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_arguments(calibration)
     calibration.set_defaults(run=calibrate.run)
+
+    inspect = commands.add_parser("inspect", help="draw what became of each KV head of a prompt on a server")
+    inspection.add_arguments(inspect)
+    inspect.set_defaults(run=inspection.run)
     return parser
 
 

@@ -22,8 +22,10 @@ from hybridkv_kernels.recall.tables import STORE_BLOCK
 from openai import BadRequestError, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from hybridkv_vllm.cli import main
 from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import Head, RequestHeads
 from hybridkv_vllm.observe.metrics import METRICS, engine_metrics, prepare_directory
@@ -516,6 +518,28 @@ def test_an_answer_says_what_became_of_its_prompt_if_asked(client: OpenAI, serve
     # An answer of one token ends in the step that compresses: nothing went back early.
     short = ask(client, xargs={"hybridkv_report": True}, max_tokens=1)
     assert short.model_extra["kv_transfer_params"]["hybridkv"]["blocks_freed"] == 0
+
+
+def test_inspect_draws_the_heads_of_a_prompt(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, map_file = tmp_path / "photo.png", tmp_path / "heads.png"
+    sample_picture().save(photo)
+    inspect = ["inspect", "--url", f"{server.url}/v1", "--out", str(map_file)]
+    asked = ["--picture", str(photo), "--ask", QUESTION, "--budget", "0.5", "--json"]
+    assert main([*inspect, *asked]) == 0
+    told = json.loads(capsys.readouterr().out)
+    newest = heads_reports(server)[0]
+    assert RequestHeads.model_validate({name: told[name] for name in RequestHeads.model_fields}) == newest
+    assert newest.arena_pages == arena_blocks(0.5, newest.prompt_tokens) * NUM_HEADS
+    assert (told["policy"], told["classifier"], told["theta"]) == ("hybridkv", "text_mass", THETA)
+    with Image.open(map_file) as drawn:
+        assert drawn.width > 500
+    # Without a question it is the same prompt, the last one.
+    assert main(inspect) == 0
+    assert f"{newest.prompt_tokens} tokens, {newest.arena_pages} pages kept" in capsys.readouterr().out
+    assert main([*inspect, "--ask", "Short."]) == 1
+    assert f"fewer than {MIN_PROMPT_TOKENS} tokens" in capsys.readouterr().err
 
 
 def test_short_prompts_stay_uncompressed(client: OpenAI, server: Server) -> None:

@@ -18,6 +18,7 @@ from hybridkv_quality.intervals import Estimate
 from hybridkv_quality.records import HeadsExample
 from hybridkv_quality.report import MIB, ConditionResult, Results
 from hybridkv_quality.settings import FULL
+from hybridkv_vllm.observe.heads import RequestHeads
 
 DPI = 150
 # Its heads are shown: they are what the method is about.
@@ -37,7 +38,10 @@ def plot_all(results: Results, heads: Sequence[HeadsExample], folder: Path) -> N
         if any(c.tasks[task].hops for c in results.conditions if task in c.tasks):
             accuracy_by_hop(results, task, folder / f"hops_{task}.png")
     for example in smallest_budgets(heads):
-        draw_heads(example, folder / f"heads_{example.task}.png")
+        tokens = example.heads.prompt_tokens
+        title = f"{example.policy} {example.budget:g}, {example.task}: a prompt of {tokens} tokens"
+        file = folder / f"heads_{example.task}.png"
+        draw_heads(example.heads, example.classifier, example.theta, title, file)
 
 
 def accuracy_by_memory(results: Results, file: Path) -> None:
@@ -150,9 +154,9 @@ def smallest_budgets(heads: Iterable[HeadsExample]) -> list[HeadsExample]:
     return list(chosen.values())
 
 
-def draw_heads(example: HeadsExample, file: Path) -> None:
+def draw_heads(heads: RequestHeads, classifier: str, theta: float, title: str, file: Path) -> None:
     """Heat maps over layers and KV heads: the classifier's figure, the verdict, and pages of the budget."""
-    layers = example.heads.layers
+    layers = heads.layers
     figures = np.array([[head.figure for head in layer] for layer in layers])
     kinds = np.array([[(head.type == "dynamic") + head.recalled for head in layer] for layer in layers])
     pages = np.array([[head.pages for head in layer] for layer in layers])
@@ -161,7 +165,7 @@ def draw_heads(example: HeadsExample, file: Path) -> None:
     )
     shown = left.imshow(figures, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     figure.colorbar(shown, ax=left)
-    left.set_title(f"S: {example.classifier}\n(static from {example.theta:g})")
+    left.set_title(f"S: {classifier}\n(static from {theta:g})")
     colours = ListedColormap(["#c9d6df", "#f0a35e", "#c8443c"])
     shown = middle.imshow(kinds, vmin=-0.5, vmax=2.5, aspect="auto", cmap=colours)
     figure.colorbar(shown, ax=middle, ticks=[0, 1, 2]).set_ticklabels(["static", "pruned", "recalls"])
@@ -173,8 +177,7 @@ def draw_heads(example: HeadsExample, file: Path) -> None:
         axes.set_xlabel("KV head")
         axes.set_xticks(range(figures.shape[1]))
     left.set_ylabel("layer")
-    tokens = example.heads.prompt_tokens
-    figure.suptitle(f"{example.policy} {example.budget:g}, {example.task}: a prompt of {tokens} tokens")
+    figure.suptitle(title)
     _save(figure, file)
 
 
