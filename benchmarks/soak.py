@@ -1,0 +1,226 @@
+"""Keeps a server busy for minutes and says whether it bears it: no error, no growth of memory, nothing kept.
+
+    python benchmarks/soak.py --out benchmarks/results/soak.json
+
+Clients stream answers about pictures of several lengths; some go away in the middle, some ask for everything
+to be kept, some for nothing to be compressed. Memory counts from the end of the warm-up on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from hybridkv_quality.environment import Environment, environment
+from hybridkv_quality.model_path import model_folder
+from openai import AsyncOpenAI, OpenAIError
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, Field
+from rich.console import Console
+from serving.trace import KINDS, make_trace
+
+from hybridkv_vllm.observe.api import Stats
+from hybridkv_vllm.server import Server, ServerFailed, serve
+
+NAME = "model"
+LENGTHS = (256, 768, 1024, 1536)
+GOES_AWAY, KEEPS_ALL, UNCOMPRESSED = 0.1, 0.05, 0.05
+WARM_UP, SAMPLE_SECONDS, EMPTY_SECONDS = 0.4, 2.0, 60.0
+# Figures that are 0 once nobody asks any more.
+EMPTY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+OURS_EMPTY = ("blocks_arena", "blocks_replaced", "host_bytes")
+# Memory may differ by this share between samples without growing.
+MOST_GROWTH, MOST_METRICS_SECONDS = 0.03, 0.1
+
+
+class Soak(BaseModel):
+    """What became of the server."""
+
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    environment: Environment
+    clients: int
+    seconds: float
+    answers: int = 0
+    gone_away: int = 0
+    errors: list[str] = []
+    preemptions: int = 0
+    compressed: int = 0
+    memory_after_warm_up: float = Field(default=0, description="MiB, all processes; median.")
+    memory_at_end: float = Field(default=0, description="MiB, in the last tenth; median.")
+    metrics_p99: float = Field(default=0, description="Seconds that GET /metrics took.")
+    left_over: dict[str, float] = Field(default={}, description="What was not empty at the end.")
+
+    def problems(self) -> list[str]:
+        """Why the server did not bear it; empty if it did."""
+        found = [f"{len(self.errors)} errors, the first: {self.errors[0]}"] if self.errors else []
+        if self.memory_at_end > self.memory_after_warm_up * (1 + MOST_GROWTH):
+            found.append(f"memory grew from {self.memory_after_warm_up:.0f} to {self.memory_at_end:.0f} MiB")
+        if self.metrics_p99 > MOST_METRICS_SECONDS:
+            found.append(f"/metrics took {self.metrics_p99:.3f} s (99th percentile)")
+        if self.left_over:
+            found.append(f"not empty at the end: {self.left_over}")
+        return found
+
+
+async def _client(soak: Soak, api: AsyncOpenAI, number: int, end: float, tokens: int) -> None:
+    """One client: question after question until the end."""
+    chance = random.Random(number)
+    while time.monotonic() < end:
+        kind, length = chance.choice(KINDS), chance.choice(LENGTHS)
+        (conversation,) = await asyncio.to_thread(
+            lambda kind=kind, length=length: list(make_trace(kind, 1, length, chance.randrange(2**32)))
+        )
+        draw = chance.random()
+        extra: dict[str, Any] = {"ignore_eos": True}
+        if draw < UNCOMPRESSED:
+            extra["vllm_xargs"] = {"hybridkv_enabled": False}
+        elif draw < UNCOMPRESSED + KEEPS_ALL:
+            extra["vllm_xargs"] = {"hybridkv_budget": 1.0}
+        goes_away = chance.random() < GOES_AWAY
+        left = chance.randrange(1, tokens)
+        try:
+            stream = await api.chat.completions.create(
+                model=NAME,
+                messages=[conversation.turns[0].message()],  # type: ignore[list-item]
+                max_tokens=tokens,
+                stream=True,
+                extra_body=extra,
+            )
+            async for _ in stream:
+                left -= 1
+                if goes_away and left <= 0:
+                    await stream.close()
+                    break
+        except (OpenAIError, httpx.HTTPError) as error:
+            soak.errors.append(f"{type(error).__name__}: {error}")
+            continue
+        soak.gone_away += goes_away
+        soak.answers += not goes_away
+
+
+def _watch(url: str, pid: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Memory of a process' children, MiB, and seconds of `/metrics`, sampled until the end.
+
+    In a process of its own: the clients' would count its own delays as the server's.
+    """
+    memory, waits = [], []
+    end = time.monotonic() + seconds
+    with httpx.Client(timeout=60) as http:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            http.get(f"{url}/metrics").raise_for_status()
+            waits.append(time.monotonic() - began)
+            others = [p for p in psutil.Process(pid).children(recursive=True) if p.pid != os.getpid()]
+            memory.append(sum(map(_unique_memory, others)) / 2**20)
+            time.sleep(SAMPLE_SECONDS)
+    return memory, waits
+
+
+def _unique_memory(process: psutil.Process) -> int:
+    """Bytes that only this process has."""
+    try:
+        return int(process.memory_full_info().uss)
+    except psutil.Error:
+        return 0
+
+
+async def _load(soak: Soak, server: Server, tokens: int) -> None:
+    end = time.monotonic() + soak.seconds
+    api = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+            watch = asyncio.get_running_loop().run_in_executor(
+                own, _watch, server.url, os.getpid(), soak.seconds
+            )
+            await asyncio.gather(*(_client(soak, api, number, end, tokens) for number in range(soak.clients)))
+            memory, waits = await watch
+    finally:
+        await api.close()
+    warm = memory[int(WARM_UP * len(memory)) :]
+    tenth = max(1, len(memory) // 10)
+    soak.memory_after_warm_up = statistics.median(warm[:tenth])
+    soak.memory_at_end = statistics.median(warm[-tenth:])
+    soak.metrics_p99 = float(np.percentile(waits, 99))
+
+
+def _figures(server: Server) -> dict[str, float]:
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def _settle(soak: Soak, server: Server) -> None:
+    """Waits until nothing is left, and notes what is."""
+    deadline = time.monotonic() + EMPTY_SECONDS
+    while True:
+        figures, stats = _figures(server), Stats.model_validate(server.get("/hybridkv/stats").json())
+        ours = {
+            name: float(getattr(stats, name)) for name in ("blocks_arena", "blocks_replaced", "host_bytes")
+        }
+        left = {name: value for name, value in ({n: figures[n] for n in EMPTY} | ours).items() if value}
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    soak.left_over = left
+    soak.preemptions = int(figures["vllm:num_preemptions_total"])
+    soak.compressed = stats.requests_compressed
+
+
+def main() -> int:
+    """Runs the load and reports; 1 where the server did not bear it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=str(model_folder()), help="folder or name")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=1024, help="of the KV cache, so that it is short")
+    parser.add_argument("--log", type=Path, help="file for the server's output")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    given = {
+        "served-model-name": NAME,
+        "attention-backend": "hybridkv",
+        "max-model-len": 4096,
+        "max-num-seqs": args.clients,
+        "max-num-batched-tokens": 2048,
+        "num-gpu-blocks-override": args.blocks,
+        "limit-mm-per-prompt": '{"image": 64}',
+        # vLLM keeps the last pictures, 4 GiB of them: that growth is its own, and wanted.
+        "mm-processor-cache-gb": 0,
+    }
+    arguments = [part for option, value in given.items() for part in (f"--{option}", str(value))]
+    log = args.log or Path(tempfile.mkdtemp(prefix="hybridkv-soak-")) / "server.log"
+    soak = Soak(environment=environment(), clients=args.clients, seconds=args.seconds)
+    try:
+        with serve(args.model, arguments, log, timeout=900) as server:
+            asyncio.run(_load(soak, server, args.answer_tokens))
+            _settle(soak, server)
+    except (ServerFailed, httpx.HTTPError) as error:
+        print(f"soak.py: {error}", file=sys.stderr)
+        return 1
+    Console().print(soak.model_dump(exclude={"environment"}))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(soak.model_dump_json(indent=1) + "\n")
+    for problem in soak.problems():
+        print(f"soak.py: {problem}; log: {log}", file=sys.stderr)
+    return int(bool(soak.problems()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
