@@ -143,7 +143,7 @@ GOALS = (
         "requests of 32k that decode at once",
         "decoding_at_once",
         7,
-        {"prompt_tokens": 32768},
+        {"prompt_tokens": 32768, "scenario": "images"},
         server=True,
     ),
     Goal(

@@ -74,6 +74,8 @@ def test_goals_are_held_against_the_card_they_are_for(tmp_path: Path) -> None:
     assert rows[layer] == ["at least 7", "8.00", "yes"]
     assert rows["time a token, 32 x 32k, all heads pruned"] == ["at least 3", "2.50", "no"]
     assert rows["time a token, 32 x 32k, recall from the host"][:2] == ["at least 2.3", "not measured"]
+    # Where stock has room for everybody nothing is said of concurrency.
+    assert rows["requests of 32k that decode at once"][:2] == ["at least 7", "not measured"]
     assert "Where another library is faster: dense: speed against fa3 on all" in page
     assert "dense: speed against flashinfer on all" in page
     assert "Where stock is ahead: decoding_at_once in batch, 32 clients (0.50)" in page
