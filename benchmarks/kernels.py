@@ -32,7 +32,7 @@ from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_nee
 from speed.layer import Case, CaseError
 from speed.operations import OPERATIONS, TOLERANCE, relative_error
 from speed.prepared import Prepared
-from speed.results import Record, Results, find_ratios, plot, size, write
+from speed.results import COLUMNS, Record, Results, find_ratios, plot, size, write
 from speed.rivals import RIVALS
 from torch import Tensor
 
@@ -135,20 +135,10 @@ def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None
 
 
 def _print(results: Results, console: Console) -> None:
-    table = Table("op", "backend", "size", "MiB", "ms", "GB/s", "error", title=results.environment.device)
+    table = Table(*COLUMNS, title=results.environment.device)
     for record in results.records:
-        if record.missing:
-            continue
-        checked = "unchecked" if record.error is None else f"{record.error:.0e}"
-        table.add_row(
-            record.op,
-            record.backend,
-            size(record.case),
-            f"{record.num_bytes / 2**20:.2f}",
-            "-" if record.ms is None else f"{record.ms:.3f}",
-            "-" if record.gb_per_s is None else f"{record.gb_per_s:.0f}",
-            f"{checked} WRONG" if record.right is False else checked,
-        )
+        if record.missing is None:
+            table.add_row(*record.cells())
     console.print(table)
     for line in sorted({f"{r.backend}: {r.missing}" for r in results.records if r.missing}):
         console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hybridkv_quality.environment import Environment
+from serving.figures import COLUMNS as COLUMNS_OF_SERVERS
 from serving.figures import Report
 from serving.figures import plot as plot_servers
-from speed.results import Ratio, Results, plot, size
+from speed.results import COLUMNS, Ratio, Results, plot, size
 
 FOLDER = Path(__file__).resolve().parent / "results" / "performance"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -260,20 +261,7 @@ def _kernels(results: Results, machine: str, plots: Path) -> Iterator[str]:
     else:
         yield "Run under Triton's interpreter: it says what is right and what is read, and nothing of time."
     yield ""
-    rows = [
-        [
-            record.op,
-            record.backend,
-            size(record.case),
-            f"{record.num_bytes / 2**20:.2f}",
-            "-" if record.ms is None else f"{record.ms:.3f}",
-            "-" if record.gb_per_s is None else f"{record.gb_per_s:.0f}",
-            "unchecked" if record.error is None else f"{record.error:.0e}{'' if record.right else ' WRONG'}",
-        ]
-        for record in results.records
-        if record.missing is None
-    ]
-    yield from _table(["operation", "by", "size", "MiB read", "ms", "GB/s", "relative error"], rows)
+    yield from _table(COLUMNS, [record.cells() for record in results.records if record.missing is None])
     missing = sorted({f"{r.backend} ({r.missing})" for r in results.records if r.missing})
     if missing:
         yield "Not there: " + ", ".join(missing) + "."
@@ -308,24 +296,7 @@ def _servers(report: Report, machine: str, name: str, plots: Path) -> Iterator[s
     plot_servers(report, place)
     yield f"![servers](performance/{machine}/{name}/serve.png)"
     yield ""
-    rows = [
-        [
-            f.scenario,
-            f.server,
-            str(f.clients),
-            str(f.answers),
-            str(f.failed),
-            f"{f.tokens_per_second:.1f}",
-            str(f.decoding_at_once),
-            "-" if f.ms_per_token is None else f"{f.ms_per_token:.1f}",
-            f"{f.first_token_p50:.2f}",
-            f"{f.first_token_p99:.2f}",
-            f"{f.goodput:.2f}",
-        ]
-        for f in report.figures
-    ]
-    header = ["scenario", "server", "clients", "answers", "failed", "tokens/s", "decoding at once"]
-    yield from _table([*header, "ms a token", "first token p50 s", "p99 s", "good answers/s"], rows)
+    yield from _table(COLUMNS_OF_SERVERS, [figures.cells() for figures in report.figures])
     lost = [c for c in report.comparisons if c.value < 1]
     listed = "; ".join(f"{c.what} in {c.scenario}, {c.clients} clients ({c.value:.2f})" for c in lost)
     yield "Where stock is ahead: " + (f"{listed}." if lost else "nowhere in this table.")

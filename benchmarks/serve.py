@@ -23,7 +23,7 @@ from hybridkv_quality.model_path import model_folder
 from rich.console import Console
 from rich.table import Table
 from serving.clients import play
-from serving.figures import OURS, STOCK, Figures, Report, compare, figures_of, plot, write
+from serving.figures import COLUMNS, OURS, STOCK, Figures, Report, compare, figures_of, plot, write
 from serving.trace import KINDS, Kind, make_trace
 
 from hybridkv_vllm.server import Server, ServerFailed, serve
@@ -117,25 +117,9 @@ def _measure(name: str, server: Server, args: argparse.Namespace) -> Iterator[Fi
 
 
 def _print(report: Report, console: Console) -> None:
-    table = Table(
-        "server", "scenario", "clients", "answers", "failed", "prompt", "tokens/s", "at once", "ms/token",
-        "first token p50", "p99", "good/s", title=report.environment.device,
-    )  # fmt: skip
-    for f in report.figures:
-        table.add_row(
-            f.server,
-            f.scenario,
-            str(f.clients),
-            str(f.answers),
-            str(f.failed),
-            f"{f.prompt_tokens:.0f}",
-            f"{f.tokens_per_second:.1f}",
-            str(f.decoding_at_once),
-            "-" if f.ms_per_token is None else f"{f.ms_per_token:.1f}",
-            f"{f.first_token_p50:.2f}",
-            f"{f.first_token_p99:.2f}",
-            f"{f.goodput:.2f}",
-        )
+    table = Table(*COLUMNS, title=report.environment.device)
+    for figures in report.figures:
+        table.add_row(*figures.cells())
     console.print(table)
     ratios = Table("hybridkv against stock", "scenario", "clients", "above 1 is better")
     for c in report.comparisons:

@@ -17,6 +17,20 @@ from serving.clients import Answer, Played
 STOCK, OURS = "stock", "hybridkv"
 # Higher is better for the first, lower for the second.
 COUNTS = ("tokens_per_second", "decoding_at_once", "goodput")
+COLUMNS = (
+    "scenario",
+    "server",
+    "clients",
+    "answers",
+    "failed",
+    "prompt",
+    "tokens/s",
+    "at once",
+    "ms a token",
+    "first token s",
+    "p99 s",
+    "good/s",
+)
 TIMES = ("ms_per_token", "first_token_p50", "first_token_p99")
 
 
@@ -37,6 +51,23 @@ class Figures(BaseModel):
     first_token_p50: float = Field(description="Seconds.")
     first_token_p99: float = Field(description="Seconds.")
     goodput: float = Field(description="Answers a second that were as fast as asked for.")
+
+    def cells(self) -> list[str]:
+        """A row of a table under `COLUMNS`."""
+        return [
+            self.scenario,
+            self.server,
+            str(self.clients),
+            str(self.answers),
+            str(self.failed),
+            f"{self.prompt_tokens:.0f}",
+            f"{self.tokens_per_second:.1f}",
+            str(self.decoding_at_once),
+            "-" if self.ms_per_token is None else f"{self.ms_per_token:.1f}",
+            f"{self.first_token_p50:.2f}",
+            f"{self.first_token_p99:.2f}",
+            f"{self.goodput:.2f}",
+        ]
 
 
 class Comparison(BaseModel):

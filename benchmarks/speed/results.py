@@ -17,6 +17,7 @@ from speed.prefill import LAYERS
 DENSE = "dense"
 GATHER, OFFLOAD, PREFILL, PREFILL_END = "gather", "offload", "prefill", "prefill_end"
 SHIPS = "triton"
+COLUMNS = ("operation", "by", "size", "MiB read", "ms", "GB/s", "relative error")
 
 
 class Record(BaseModel):
@@ -37,6 +38,19 @@ class Record(BaseModel):
     def gb_per_s(self) -> float | None:
         """Bytes over time."""
         return None if self.ms is None else self.num_bytes / self.ms / 1e6
+
+    def cells(self) -> list[str]:
+        """A row of a table under `COLUMNS`."""
+        checked = "unchecked" if self.error is None else f"{self.error:.0e}"
+        return [
+            self.op,
+            self.backend,
+            size(self.case),
+            f"{self.num_bytes / 2**20:.2f}",
+            "-" if self.ms is None else f"{self.ms:.3f}",
+            "-" if self.gb_per_s is None else f"{self.gb_per_s:.0f}",
+            f"{checked} WRONG" if self.right is False else checked,
+        ]
 
 
 class Ratio(BaseModel):
