@@ -66,7 +66,9 @@ class Soak(BaseModel):
 
     def problems(self) -> list[str]:
         """Why the server did not bear it; empty if it did."""
-        found = [f"{len(self.errors)} errors, the first: {self.errors[0]}"] if self.errors else []
+        found = [] if self.answers else ["no answer at all"]
+        if self.errors:
+            found.append(f"{len(self.errors)} errors, the first: {self.errors[0]}")
         if self.memory_at_end > self.memory_after_warm_up * (1 + MOST_GROWTH):
             found.append(f"memory grew from {self.memory_after_warm_up:.0f} to {self.memory_at_end:.0f} MiB")
         if self.metrics_p99 > MOST_METRICS_SECONDS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -63,6 +65,26 @@ def test_a_finished_set_up_is_left_alone(
     (tmp_path / ".hybridkv-setup").write_text("something older")
     setup_env.main()
     assert installed == ["cpu", "cpu"]
+
+
+def test_two_set_ups_at_once_install_once(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path)])
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    installed: list[str] = []
+
+    def install(environment: object) -> None:
+        installed.append("cpu")
+        time.sleep(0.3)
+
+    monkeypatch.setattr(setup_env.Environment, "install_cpu", install)
+    with ThreadPoolExecutor(2) as shells:
+        for shell in [shells.submit(setup_env.main) for _ in range(2)]:
+            shell.result()
+    assert installed == ["cpu"]
 
 
 def test_the_harness_is_not_in_the_wheel() -> None:

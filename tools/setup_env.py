@@ -85,7 +85,17 @@ class Environment:
 def main() -> None:
     """Creates or updates the environment named on the command line."""
     check_machine()
-    environment = Environment(Path(sys.argv[1]).resolve())
+    import fcntl  # Not everywhere: machines without it have been refused.
+
+    folder = Path(sys.argv[1]).resolve()
+    # `make demo` and `make test` in two shells would install into each other's way: one waits for the other.
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        set_up(Environment(folder))
+
+
+def set_up(environment: Environment) -> None:
+    """Installs what is missing or has changed."""
     kind = "gpu" if has_gpu() else "cpu"
     stamp = environment.folder / ".hybridkv-setup"
     wanted = fingerprint(kind)

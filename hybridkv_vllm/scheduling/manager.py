@@ -25,7 +25,8 @@ class HybridKVManager(FullAttentionManager):
         self.plans: dict[str, PromptPlan] = {}
         self.arenas: dict[str, list[KVCacheBlock]] = {}
         self._new_arenas: set[str] = set()
-        self._released: set[str] = set()
+        # Prompt blocks given back, by request: an encoder-cache connector may hold blocks longer than plans live.
+        self._released: dict[str, int] = {}
 
     def add_plan(self, request_id: str, plan: PromptPlan) -> None:
         """Announces a request whose prompt will be compressed; before its first allocation."""
@@ -43,7 +44,7 @@ class HybridKVManager(FullAttentionManager):
     @property
     def num_replaced_blocks(self) -> int:
         """Prompt blocks that requests have given back and would hold now without compression."""
-        return sum(self.plans[request_id].num_full_blocks for request_id in self._released)
+        return sum(self._released.values())
 
     def num_usable_blocks(self) -> int:
         """Blocks that requests can hold at all (the null block is nobody's)."""
@@ -127,10 +128,10 @@ class HybridKVManager(FullAttentionManager):
         ):
             return
         self._remove_blocks_in_range(request_id, 0, plan.num_full_blocks)
-        self._released.add(request_id)
+        self._released[request_id] = plan.num_full_blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks, arena first, so that freeing in reverse order gives the tail back first."""
         self._new_arenas.discard(request_id)
-        self._released.discard(request_id)
+        self._released.pop(request_id, None)
         return self.arenas.pop(request_id, []) + super().pop_blocks_for_free(request_id)
