@@ -25,7 +25,7 @@ class HybridKVManager(FullAttentionManager):
         self.plans: dict[str, PromptPlan] = {}
         self.arenas: dict[str, list[KVCacheBlock]] = {}
         self._new_arenas: set[str] = set()
-        # Prompt blocks given back, by request: an encoder-cache connector may hold blocks longer than plans live.
+        # Prompt blocks given back, by request; an encoder-cache connector may hold blocks longer than plans.
         self._released: dict[str, int] = {}
 
     def add_plan(self, request_id: str, plan: PromptPlan) -> None:
