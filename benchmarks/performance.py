@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridkv_quality.environment import Environment
-from serving.figures import COLUMNS as COLUMNS_OF_SERVERS
-from serving.figures import Report
-from serving.figures import plot as plot_servers
+from hybridkv_serving.figures import COLUMNS as COLUMNS_OF_SERVERS
+from hybridkv_serving.figures import Report
+from hybridkv_serving.figures import plot as plot_servers
 from speed.results import COLUMNS, Ratio, Results, plot, size
 
 FOLDER = Path(__file__).resolve().parent / "results" / "performance"

@@ -1,9 +1,11 @@
 """Keeps a server busy for minutes and says whether it bears it: no error, no growth of memory, nothing kept.
 
     python benchmarks/soak.py --out benchmarks/results/soak.json
+    python benchmarks/soak.py --stock      # the same load on stock vLLM
 
 Clients stream answers about pictures of several lengths; some go away in the middle, some ask for everything
-to be kept, some for nothing to be compressed. Memory counts from the end of the warm-up on.
+to be kept, some for nothing to be compressed. Memory counts from the end of the warm-up on: until then caches
+of vLLM, torch and malloc fill.
 """
 
 from __future__ import annotations
@@ -27,22 +29,28 @@ import numpy as np
 import psutil
 from hybridkv_quality.environment import Environment, environment
 from hybridkv_quality.model_path import model_folder
+from hybridkv_serving.kinds import KINDS
+from hybridkv_serving.trace import make_trace
 from openai import AsyncOpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, Field
 from rich.console import Console
-from serving.trace import KINDS, make_trace
 
-from hybridkv_vllm.observe.api import Stats
 from hybridkv_vllm.server import Server, ServerFailed, serve
 
 NAME = "model"
 LENGTHS = (256, 768, 1024, 1536)
 GOES_AWAY, KEEPS_ALL, UNCOMPRESSED = 0.1, 0.05, 0.05
-WARM_UP, SAMPLE_SECONDS, EMPTY_SECONDS = 0.4, 2.0, 60.0
+SAMPLE_SECONDS, EMPTY_SECONDS = 2.0, 60.0
 # Figures that are 0 once nobody asks any more.
-EMPTY = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-OURS_EMPTY = ("blocks_arena", "blocks_replaced", "host_bytes")
+EMPTY = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "hybridkv_blocks_arena",
+    "hybridkv_blocks_replaced",
+    "hybridkv_host_bytes",
+)
 # Memory may differ by this share between samples without growing.
 MOST_GROWTH, MOST_METRICS_SECONDS = 0.03, 0.1
 
@@ -52,13 +60,18 @@ class Soak(BaseModel):
 
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     environment: Environment
+    server: str = Field(description="`stock` or `hybridkv`.")
     clients: int
-    seconds: float
+    warm_up: float = Field(description="Seconds of load before it counts.")
+    seconds: float = Field(description="Seconds of load after that.")
     answers: int = 0
     gone_away: int = 0
     errors: list[str] = []
     preemptions: int = 0
     compressed: int = 0
+    memory: dict[str, list[float]] = Field(
+        default={}, description="MiB of each process that are its own, every two seconds or so."
+    )
     memory_after_warm_up: float = Field(default=0, description="MiB, all processes; median.")
     memory_at_end: float = Field(default=0, description="MiB, in the last tenth; median.")
     metrics_p99: float = Field(default=0, description="Seconds that GET /metrics took.")
@@ -114,20 +127,24 @@ async def _client(soak: Soak, api: AsyncOpenAI, number: int, end: float, tokens:
         soak.answers += not goes_away
 
 
-def _watch(url: str, pid: int, seconds: float) -> tuple[list[float], list[float]]:
-    """Memory of a process' children, MiB, and seconds of `/metrics`, sampled until the end.
+def _watch(url: str, pid: int, seconds: float) -> tuple[dict[str, list[float]], list[float]]:
+    """Memory of a process' children, MiB by their names, and seconds of `/metrics`, sampled until the end.
 
     In a process of its own: the clients' would count its own delays as the server's.
     """
-    memory, waits = [], []
+    memory: dict[str, list[float]] = {}
+    waits: list[float] = []
     end = time.monotonic() + seconds
     with httpx.Client(timeout=60) as http:
         while time.monotonic() < end:
             began = time.monotonic()
             http.get(f"{url}/metrics").raise_for_status()
             waits.append(time.monotonic() - began)
-            others = [p for p in psutil.Process(pid).children(recursive=True) if p.pid != os.getpid()]
-            memory.append(sum(map(_unique_memory, others)) / 2**20)
+            for process in psutil.Process(pid).children(recursive=True):
+                if process.pid != os.getpid():
+                    # One that came later starts its list with zeros.
+                    series = memory.setdefault(f"{process.name()} {process.pid}", [0.0] * (len(waits) - 1))
+                    series.append(_unique_memory(process) / 2**20)
             time.sleep(SAMPLE_SECONDS)
     return memory, waits
 
@@ -141,19 +158,24 @@ def _unique_memory(process: psutil.Process) -> int:
 
 
 async def _load(soak: Soak, server: Server, tokens: int) -> None:
-    end = time.monotonic() + soak.seconds
-    api = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    seconds = soak.warm_up + soak.seconds
+    end = time.monotonic() + seconds
+    # A connection used again may be one that the server is closing.
+    http = httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=600
+    )
+    api = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
-            watch = asyncio.get_running_loop().run_in_executor(
-                own, _watch, server.url, os.getpid(), soak.seconds
-            )
+            watch = asyncio.get_running_loop().run_in_executor(own, _watch, server.url, os.getpid(), seconds)
             await asyncio.gather(*(_client(soak, api, number, end, tokens) for number in range(soak.clients)))
             memory, waits = await watch
     finally:
         await api.close()
-    warm = memory[int(WARM_UP * len(memory)) :]
-    tenth = max(1, len(memory) // 10)
+    soak.memory = memory
+    total = [sum(sample) for sample in zip(*memory.values(), strict=False)]
+    warm = total[int(soak.warm_up / seconds * len(total)) :]
+    tenth = max(1, len(warm) // 10)
     soak.memory_after_warm_up = statistics.median(warm[:tenth])
     soak.memory_at_end = statistics.median(warm[-tenth:])
     soak.metrics_p99 = float(np.percentile(waits, 99))
@@ -168,17 +190,14 @@ def _settle(soak: Soak, server: Server) -> None:
     """Waits until nothing is left, and notes what is."""
     deadline = time.monotonic() + EMPTY_SECONDS
     while True:
-        figures, stats = _figures(server), Stats.model_validate(server.get("/hybridkv/stats").json())
-        ours = {
-            name: float(getattr(stats, name)) for name in ("blocks_arena", "blocks_replaced", "host_bytes")
-        }
-        left = {name: value for name, value in ({n: figures[n] for n in EMPTY} | ours).items() if value}
+        figures = _figures(server)
+        left = {name: figures[name] for name in EMPTY if figures.get(name)}
         if not left or time.monotonic() > deadline:
             break
         time.sleep(1)
     soak.left_over = left
     soak.preemptions = int(figures["vllm:num_preemptions_total"])
-    soak.compressed = stats.requests_compressed
+    soak.compressed = int(figures.get("hybridkv_requests_compressed_total", 0))
 
 
 def main() -> int:
@@ -187,8 +206,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(model_folder()), help="folder or name")
+    parser.add_argument("--stock", action="store_true", help="stock vLLM, without the plugin")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--warm-up", type=float, default=240, metavar="SECONDS", help="of load, first")
+    parser.add_argument("--seconds", type=float, default=300, help="of load after the warm-up")
     parser.add_argument("--answer-tokens", type=int, default=24)
     parser.add_argument("--blocks", type=int, default=1024, help="of the KV cache, so that it is short")
     parser.add_argument("--log", type=Path, help="file for the server's output")
@@ -196,7 +217,6 @@ def main() -> int:
     args = parser.parse_args()
     given = {
         "served-model-name": NAME,
-        "attention-backend": "hybridkv",
         "max-model-len": 4096,
         "max-num-seqs": args.clients,
         "max-num-batched-tokens": 2048,
@@ -205,17 +225,29 @@ def main() -> int:
         # vLLM keeps the last pictures, 4 GiB of them: that growth is its own, and wanted.
         "mm-processor-cache-gb": 0,
     }
+    if args.stock:
+        # vLLM's CPU attention wants blocks of 32.
+        given |= {"block-size": 32, "num-gpu-blocks-override": args.blocks // 2}
+    else:
+        given |= {"attention-backend": "hybridkv"}
     arguments = [part for option, value in given.items() for part in (f"--{option}", str(value))]
     log = args.log or Path(tempfile.mkdtemp(prefix="hybridkv-soak-")) / "server.log"
-    soak = Soak(environment=environment(), clients=args.clients, seconds=args.seconds)
+    soak = Soak(
+        environment=environment(),
+        server="stock" if args.stock else "hybridkv",
+        clients=args.clients,
+        warm_up=args.warm_up,
+        seconds=args.seconds,
+    )
     try:
-        with serve(args.model, arguments, log, timeout=900) as server:
+        plugins = {"VLLM_PLUGINS": ""} if args.stock else {}
+        with serve(args.model, arguments, log, environment=plugins, timeout=900) as server:
             asyncio.run(_load(soak, server, args.answer_tokens))
             _settle(soak, server)
     except (ServerFailed, httpx.HTTPError) as error:
         print(f"soak.py: {error}", file=sys.stderr)
         return 1
-    Console().print(soak.model_dump(exclude={"environment"}))
+    Console().print(soak.model_dump(exclude={"environment", "memory"}))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(soak.model_dump_json(indent=1) + "\n")

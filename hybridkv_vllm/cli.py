@@ -10,9 +10,10 @@ from pathlib import Path
 
 from hybridkv_quality import calibrate, inspection
 from hybridkv_quality import command as evaluation
+from hybridkv_serving import command as bench
 from rich.console import Console
 
-from hybridkv_vllm import __version__, exit_codes, sizing
+from hybridkv_vllm import __version__, exit_codes, shapes
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -51,15 +52,17 @@ def _tokens(text: str) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from hybridkv_vllm import sizing
+
     try:
         folder = Path(args.model)
-        if args.model not in sizing.MODELS and not folder.is_dir():
-            known = ", ".join(sizing.MODELS)
+        if args.model not in shapes.MODELS and not folder.is_dir():
+            known = ", ".join(shapes.MODELS)
             raise ValueError(f"--model {args.model} is no local folder, and none of {known}")
-        if args.gpu not in sizing.GPUS:
-            raise ValueError(f"--gpu {args.gpu} is none of {', '.join(sizing.GPUS)}")
-        shape = sizing.MODELS.get(args.model) or sizing.read_shape(folder)
-        workload = sizing.Workload(
+        if args.gpu not in shapes.GPUS:
+            raise ValueError(f"--gpu {args.gpu} is none of {', '.join(shapes.GPUS)}")
+        shape = shapes.MODELS.get(args.model) or shapes.read_shape(folder)
+        workload = shapes.Workload(
             context=args.context,
             answer=args.answer,
             budget=args.budget,
@@ -70,9 +73,9 @@ def _plan(args: argparse.Namespace) -> int:
             ranks=args.tensor_parallel_size,
             utilization=args.gpu_memory_utilization,
             batch=args.batch,
-            host_memory=None if args.host_pool_gib is None else int(args.host_pool_gib * sizing.GIB),
+            host_memory=None if args.host_pool_gib is None else int(args.host_pool_gib * shapes.GIB),
         )
-        estimate = sizing.estimate(shape, sizing.GPUS[args.gpu], workload)
+        estimate = sizing.estimate(shape, shapes.GPUS[args.gpu], workload)
     except ValueError as error:
         print(f"hybridkv: {error}", file=sys.stderr)
         return exit_codes.USAGE
@@ -86,7 +89,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    usual = sizing.Workload
+    usual = shapes.Workload
     plan = commands.add_parser(
         "plan",
         help="say what a model takes on a GPU with and without compression, from its config alone",
@@ -95,9 +98,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         epilog="example: hybridkv plan --model Qwen/Qwen2.5-VL-7B-Instruct --gpu h200 --context 32k",
     )
     plan.add_argument(
-        "--model", required=True, help=f"folder with a config.json, or one of {', '.join(sizing.MODELS)}"
+        "--model", required=True, help=f"folder with a config.json, or one of {', '.join(shapes.MODELS)}"
     )
-    plan.add_argument("--gpu", required=True, help=f"one of {', '.join(sizing.GPUS)}")
+    plan.add_argument("--gpu", required=True, help=f"one of {', '.join(shapes.GPUS)}")
     plan.add_argument("--context", required=True, type=_tokens, help="prompt tokens of a request, as 32k")
     plan.add_argument("--answer", type=_tokens, default=usual.answer, help="tokens of its answer")
     plan.add_argument("--budget", type=float, default=usual.budget)
@@ -155,6 +158,12 @@ def build_parser() -> argparse.ArgumentParser:
     quality = commands.add_parser("eval", help="measure what policies and budgets cost in answers and memory")
     evaluation.add_arguments(quality)
     quality.set_defaults(run=evaluation.run)
+
+    comparison = commands.add_parser(
+        "bench", help="measure a model's speed and requests at once, stock vLLM against HybridKV"
+    )
+    bench.add_arguments(comparison)
+    comparison.set_defaults(run=bench.run)
 
     calibration = commands.add_parser(
         "calibrate", help="find out which KV heads of a model must not be pruned, for the option `profile`"

@@ -55,8 +55,12 @@ def _vllm() -> Finding:
 
 
 def _torch() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return Finding(
+            "torch", "problem", "not installed", "pip install 'hybridkv-vllm[gpu]', or make setup on a CPU"
+        )
     return Finding("torch", "ok", torch.__version__)
 
 
@@ -148,7 +152,11 @@ def _plugin() -> Finding:
 def _endpoints() -> Finding:
     allowed = (os.environ.get("VLLM_PLUGINS") or "").split(",")
     if ENDPOINT_PLUGIN in allowed:
-        return Finding("http routes", "ok", "GET /hybridkv/stats, GET /hybridkv/heads")
+        return Finding(
+            "http routes",
+            "ok",
+            "/hybridkv, /hybridkv/stats, /hybridkv/heads, /hybridkv/requests",
+        )
     return Finding(
         "http routes", "note", "off", f"to have them, start with VLLM_PLUGINS={PLUGIN},{ENDPOINT_PLUGIN}"
     )
@@ -175,7 +183,7 @@ def examine() -> list[Finding]:
         try:
             findings.append(check())
         except Exception as error:
-            name = check.__name__.strip("_")
+            name = check.__name__.strip("_").replace("_", " ")
             findings.append(
                 Finding(name, "problem", f"{type(error).__name__}: {error}", "reinstall it (make setup)")
             )

@@ -2,166 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
+from hybridkv_kernels.recall.layout import LandmarkLayout
 from rich.table import Table
 
-from hybridkv_vllm.plan import PAGE_TOKENS, Tier, ceil_pages, make_plan
+from hybridkv_vllm.plan import PAGE_TOKENS, ceil_pages, make_plan
 from hybridkv_vllm.policies import PolicyOptions, recall_limits
 from hybridkv_vllm.policies.budget import allocate_pages
+from hybridkv_vllm.shapes import GIB, MIB, Gpu, ModelShape, Workload
 
-GB, MIB, GIB = 10**9, 2**20, 2**30
 # Tokens of the question behind the pictures, all of which every head keeps.
 QUESTION = 32
 # M-RoPE's.
 POSITION_AXES = 3
 # Any value will do: it is the same for all heads, so static ones share evenly.
 EVEN_SPARSITY = 0.9
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A decoder with grouped-query attention and a gated feed-forward part.
-
-    Attributes:
-        tied: whether the output layer is the input embedding.
-        vision: parameters outside of the decoder, vision tower and merger; 0 where they are not known.
-        itemsize: bytes of a weight and of an element of the KV cache.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    query_heads: int
-    kv_heads: int
-    head_size: int
-    feed_forward: int
-    vocabulary: int
-    tied: bool = False
-    vision: int = 0
-    itemsize: int = 2
-
-    @property
-    def step_parameters(self) -> int:
-        """Parameters that every decode step reads: all but the tower and a separate input embedding."""
-        projections = self.head_size * (2 * self.query_heads + 2 * self.kv_heads) + 3 * self.feed_forward
-        return self.hidden * (self.layers * projections + self.vocabulary)
-
-    @property
-    def parameters(self) -> int:
-        """All of them, but for norms and biases."""
-        return self.step_parameters + self.vision + (0 if self.tied else self.hidden * self.vocabulary)
-
-    def page_bytes(self) -> int:
-        """Bytes of 16 tokens of one KV head of one layer."""
-        return PAGE_TOKENS * 2 * self.head_size * self.itemsize
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card.
-
-    Attributes:
-        memory: bytes.
-        bandwidth: bytes a second that a good kernel reads, 0.9 of the data sheet's.
-        link: bytes a second from pinned host memory.
-    """
-
-    name: str
-    memory: int
-    bandwidth: float
-    link: float
-
-
-# From the models' own config.json; vision parameters rounded to 10 million.
-MODELS: Mapping[str, ModelShape] = MappingProxyType(
-    {
-        shape.name: shape
-        for shape in (
-            ModelShape("Qwen/Qwen2.5-VL-3B-Instruct", 36, 2048, 16, 2, 128, 11008, 151936, True, 670_000_000),
-            ModelShape(
-                "Qwen/Qwen2.5-VL-7B-Instruct", 28, 3584, 28, 4, 128, 18944, 152064, False, 680_000_000
-            ),
-            ModelShape(
-                "Qwen/Qwen2.5-VL-32B-Instruct", 64, 5120, 40, 8, 128, 27648, 152064, False, 690_000_000
-            ),
-            ModelShape(
-                "Qwen/Qwen2.5-VL-72B-Instruct", 80, 8192, 64, 8, 128, 29568, 152064, False, 700_000_000
-            ),
-        )
-    }
-)
-# GiB that the driver reports, rounded down; the data sheet's GB/s; GB/s from pinned memory over PCIe 5 or 4.
-_SHEETS = {
-    "a100-40": (39, 1555, 25),
-    "a100": (79, 2039, 25),
-    "l40s": (44, 864, 25),
-    "h100": (79, 3350, 55),
-    "h200": (139, 4800, 55),
-    "b200": (178, 8000, 55),
-}
-GPUS: Mapping[str, Gpu] = MappingProxyType(
-    {
-        name: Gpu(name, memory * GIB, 0.9 * bandwidth * GB, link * GB)
-        for name, (memory, bandwidth, link) in _SHEETS.items()
-    }
-)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked of the server, and with which options.
-
-    Attributes:
-        context: prompt tokens of a request.
-        answer: tokens that it generates.
-        budget: share of a prompt's KV cache that stays on the GPU.
-        dynamic: share of the KV heads that are dynamic.
-        missed: share of a step's chosen chunks that have to be fetched.
-        tier: where dynamic heads keep their chunks.
-        landmark: their kind.
-        ranks: tensor-parallel size.
-        utilization: share of the card's memory for vLLM.
-        reserved: bytes for activations and CUDA graphs.
-        batch: requests decoding at once, for the times; None: as many as fit.
-        host_memory: bytes of a rank's host pool; None: as much as is needed.
-
-    Raises:
-        ValueError: a number out of range; the message names it.
-    """
-
-    context: int
-    answer: int = 256
-    budget: float = 0.1
-    dynamic: float = 1.0
-    missed: float = 0.03
-    tier: Tier = "host"
-    landmark: LandmarkKind = "sketch2"
-    ranks: int = 1
-    utilization: float = 0.92
-    reserved: int = 2 * GIB
-    batch: int | None = None
-    host_memory: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("context", PAGE_TOKENS), ("answer", 1), ("ranks", 1), ("reserved", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-        for name in ("budget", "utilization"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("dynamic", "missed"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -223,36 +81,6 @@ ASSUMPTIONS = (
     f"pictures, then a question of {QUESTION} tokens; all KV heads equally sparse",
     "bytes and requests follow from the engine's own rules for blocks, arenas and landmarks",
 )
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """The shape of a local model, from its config.json alone.
-
-    Raises:
-        ValueError: no config, or one without the numbers that are needed.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
-    text = config.get("text_config", config)
-    itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
-    try:
-        heads = text["num_attention_heads"]
-        return ModelShape(
-            name=str(folder),
-            layers=text["num_hidden_layers"],
-            hidden=text["hidden_size"],
-            query_heads=heads,
-            kv_heads=text.get("num_key_value_heads", heads),
-            head_size=text.get("head_dim") or text["hidden_size"] // heads,
-            feed_forward=text["intermediate_size"],
-            vocabulary=text["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            itemsize=itemsize,
-        )
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json says nothing of {error}") from None
 
 
 def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:

@@ -68,7 +68,10 @@ def test_json_is_json_and_the_routes_are_seen() -> None:
     assert done.returncode == exit_codes.OK
     assert not problems(done)
     routes = json.loads(done.stdout)[-1]
-    assert (routes["status"], routes["found"]) == ("ok", "GET /hybridkv/stats, GET /hybridkv/heads")
+    assert (routes["status"], routes["found"]) == (
+        "ok",
+        "/hybridkv, /hybridkv/stats, /hybridkv/heads, /hybridkv/requests",
+    )
 
 
 def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +170,18 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         main(["--version"])
     assert ended.value.code == exit_codes.OK
     assert capsys.readouterr().out.strip() == __version__
+
+
+def test_the_command_needs_no_torch_to_say_what_is_missing(tmp_path: Path) -> None:
+    """As right after `pip install hybridkv-vllm` without an extra."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    for arguments, code in ((["--version"], exit_codes.OK), (["plan", "--help"], exit_codes.OK)):
+        assert hybridkv(*arguments, PYTHONPATH=str(tmp_path)).returncode == code
+    done = hybridkv("doctor", "--json", PYTHONPATH=str(tmp_path))
+    assert done.returncode == exit_codes.PROBLEM, done.stderr
+    torch = next(finding for finding in json.loads(done.stdout) if finding["subject"] == "torch")
+    assert (torch["status"], torch["found"]) == ("problem", "not installed")
+    assert "pip install 'hybridkv-vllm[gpu]'" in torch["remedy"]
 
 
 def test_what_fails_or_is_stopped_is_exit_code_1(

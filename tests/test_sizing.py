@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hybridkv_vllm.cli import main
-from hybridkv_vllm.sizing import GB, GIB, GPUS, MODELS, ModelShape, Workload, estimate, read_shape
+from hybridkv_vllm.shapes import GB, GIB, GPUS, MODELS, ModelShape, Workload, read_shape
+from hybridkv_vllm.sizing import estimate
 
 SEVEN_B = MODELS["Qwen/Qwen2.5-VL-7B-Instruct"]
 LONG = Workload(context=32768, answer=128)

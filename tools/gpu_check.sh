@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_check_out}
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
 mkdir -p "$OUT/performance"
-export PYTHONPATH="$PWD/kernels:$PWD/benchmarks/quality:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/kernels:$PWD/benchmarks/quality:$PWD/benchmarks/serving:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 status=0
 
 # Its name, how many lines of its end to show, and the command.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from hybridkv_quality.environment import environment
+from hybridkv_serving.figures import Figures, Report, compare
 from scripts import load
-from serving.figures import Figures, Report, compare
 from speed.layer import Case
 from speed.results import Record, Results, find_ratios
 

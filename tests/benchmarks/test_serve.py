@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hybridkv_serving.clients import Answer, Played
+from hybridkv_serving.figures import OURS, STOCK, Comparison, Figures, Report, compare, figures_of
+from hybridkv_serving.kinds import Kind
+from hybridkv_serving.trace import CELL, make_trace
 from PIL import Image
-from scripts import load
-from serving.clients import Answer, Played
-from serving.figures import OURS, STOCK, Comparison, Figures, Report, compare, figures_of
-from serving.trace import CELL, Kind, make_trace
 
-serve = load("serve")
+from hybridkv_vllm import exit_codes
+from hybridkv_vllm.cli import main
 
 
 def pictures(kind: Kind, tokens: int, seed: int = 0) -> list[list[Image.Image]]:
@@ -97,37 +98,49 @@ def test_comparisons_are_above_one_where_we_are_ahead() -> None:
     assert found["tokens_per_second"] == 1
 
 
-def test_arguments_that_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--scenarios", "batch,films"], "unknown scenario: films (known: batch, images, video, chat)"),
         (["--clients", "8", "--prompts-in-memory", "4"], "more at once than --prompts-in-memory"),
-    ):
-        monkeypatch.setattr("sys.argv", ["serve.py", *arguments])
-        with pytest.raises(SystemExit, match="2"):
-            serve.main()
-        assert message in capsys.readouterr().err
+        (["--clients", "0"], "--clients must be at least 1, got 0"),
+        (["--requests", "0"], "--requests must be at least 1, got 0"),
+        (["--budget", "0"], "--budget must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["bench", *arguments]) == exit_codes.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_clients_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--clients", "two"])
+    assert ended.value.code == exit_codes.USAGE
+    assert "'two': write whole numbers with commas, such as 1,32" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_is_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows -- is the servers'; here something that vLLM does not know."""
+    assert main(["bench", "--out", str(tmp_path), "--", "--no-such-flag"]) == exit_codes.PROBLEM
+    said = capsys.readouterr().err
+    assert "hybridkv bench: the server stopped with exit code 2" in said
+    assert "--no-such-flag" in said
 
 
 @pytest.mark.slow
 def test_more_requests_run_at_once_in_the_same_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["serve.py", "--scenarios", "batch,chat", "--requests", "7", "--prompt-tokens", "1200"]
-    arguments += [
-        "--prompts-in-memory",
-        "2",
-        "--clients",
-        "2",
-        "--answer-tokens",
-        "40",
-        "--out",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
-    assert serve.main() == 0
+    asked = "bench --scenarios batch,chat --requests 7 --prompt-tokens 1200 --prompts-in-memory 2 --clients 2"
+    assert main([*asked.split(), "--answer-tokens", "40", "--out", str(tmp_path), "--json"]) == exit_codes.OK
     report = Report.model_validate_json((tmp_path / "serve.json").read_text())
+    assert Report.model_validate_json(capsys.readouterr().out) == report
     by_name: dict[tuple[str, str], Figures] = {(f.server, f.scenario): f for f in report.figures}
     assert set(by_name) == {(server, scenario) for server in (STOCK, OURS) for scenario in ("batch", "chat")}
     assert all(f.failed == 0 and f.prompt_tokens > 1100 for f in report.figures)

@@ -25,7 +25,12 @@ FINE = {"answers": 400, "memory_after_warm_up": 1000.0, "memory_at_end": 1020.0,
 )
 def test_problems(changed: dict[str, Any], problem: str | None) -> None:
     found = soak.Soak(
-        environment=environment("a card"), clients=64, seconds=300, **(FINE | changed)
+        environment=environment("a card"),
+        server="hybridkv",
+        clients=64,
+        warm_up=240,
+        seconds=300,
+        **(FINE | changed),
     ).problems()
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]

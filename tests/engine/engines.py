@@ -237,6 +237,14 @@ def engine(
         torch._dynamo.reset()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How requests ended, by id: answered, or aborted by the client."""
+
+    answered: dict[str, RequestOutput] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+
+
 def random_arrivals(
     ours: Engine,
     dice: random.Random,
@@ -246,7 +254,7 @@ def random_arrivals(
     arrives: float,
     aborted: float,
     after_step: Callable[[], None] = lambda: None,
-) -> int:
+) -> Ended:
     """Requests arrive between steps, and are aborted anywhere: while waiting, in prefill, while decoding.
 
     Args:
@@ -254,13 +262,11 @@ def random_arrivals(
         number: of requests.
         arrives: chance of another request before a step.
         aborted: chance that a step begins with one request fewer.
-
-    Returns:
-        Aborted requests. All others have finished.
     """
     vllm_engine = ours.llm.llm_engine
+    ended = Ended()
     live: list[str] = []
-    arrived = num_finished = num_aborted = 0
+    arrived = 0
     while arrived < number or vllm_engine.has_unfinished_requests():
         while arrived < number and dice.random() < arrives:
             ask, sampling = new_request(arrived)
@@ -271,16 +277,15 @@ def random_arrivals(
             victim = dice.choice(live)
             vllm_engine.abort_request([victim])
             live.remove(victim)
-            num_aborted += 1
+            ended.aborted.append(victim)
         for output in vllm_engine.step():
             if output.finished:
-                num_finished += 1
-                if output.request_id in live:
-                    live.remove(output.request_id)
+                ended.answered[output.request_id] = output
+                live.remove(output.request_id)
         after_step()
     assert not live
-    assert num_finished + num_aborted == number
-    return num_aborted
+    assert len(ended.answered) + len(ended.aborted) == number
+    return ended
 
 
 def schedule_asynchronously(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from engines import (
     engine,
     lifecycle_asks,
     picture,
-    random_arrivals,
     schedule_asynchronously,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -207,31 +205,3 @@ def test_a_second_turn_hits_exact_blocks_only(tiny_model: Path) -> None:
     with engine(tiny_model, options=QUARTER, enable_prefix_caching=False) as ours:
         (fresh,) = ours.llm.generate([{"prompt_token_ids": turn}], [first.sampling()], use_tqdm=False)
     assert second.outputs[0].token_ids == fresh.outputs[0].token_ids
-
-
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
-def test_random_arrivals_aborts_and_preemptions_leave_nothing_behind(
-    scheduling: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Aborts fall anywhere: while waiting, in prefill, on the step that compresses, while decoding."""
-    if scheduling == "async":
-        schedule_asynchronously(monkeypatch)
-    dice = random.Random(5)
-
-    def new_request(number: int) -> tuple[Ask, dict[str, Any]]:
-        pictures = (picture(112, 112, number),) if dice.random() < 0.3 else ()
-        ask = Ask("", f"{dice.random()} " + SCENE * dice.randrange(1, 14), pictures)
-        extra = {"hybridkv_budget": dice.choice([0.1, 0.25, 0.5])} if dice.random() < 0.5 else None
-        return ask, {"max_tokens": dice.randrange(1, 60), "extra_args": extra}
-
-    settings: dict[str, Any] = {
-        "num_gpu_blocks_override": 48,
-        "max_model_len": 480,
-        "max_num_batched_tokens": 112,
-    }
-    with engine(tiny_model, options=QUARTER, **settings) as ours:
-        aborted = random_arrivals(ours, dice, new_request, number=40, arrives=0.5, aborted=0.12)
-        assert aborted > 3
-        assert ours.preemptions > 0
-        ours.assert_empty()
-    assert count("hybridkv_blocks_arena") == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hybridkv_quality.records import AnswerKey, JsonLines, LinesDamaged, Record
-from hybridkv_quality.settings import UsageError, claim_folder
+from hybridkv_quality.records import AnswerKey, JsonLines, Record
+from hybridkv_quality.settings import LinesDamaged, UsageError, claim_folder
 from quality_cases import record
 
 

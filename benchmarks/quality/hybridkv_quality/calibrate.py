@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 
 from hybridkv_quality.model_path import model_folder
-from hybridkv_quality.tasks import suite_samples
 from hybridkv_vllm import exit_codes
 from hybridkv_vllm.profile import HeadProfile
 
@@ -95,6 +94,8 @@ def calibrate(
     """
     if not 0 < share < 1:
         raise ValueError(f"--share must be between 0 and 1, got {share}")
+    from hybridkv_quality.tasks import suite_samples
+
     samples = list(suite_samples(tasks, tokens=tokens, contexts=contexts, seed=seed))
     # Seconds to import, which a wrong argument should not have to wait for.
     import torch

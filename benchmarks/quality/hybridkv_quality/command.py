@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from hybridkv_quality.model_path import model_folder
-from hybridkv_quality.records import LinesDamaged
 from hybridkv_quality.settings import EvalError, UsageError, checked_options
 from hybridkv_vllm import exit_codes
 
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _check(args)
         results = _evaluate(args)
-    except (UsageError, LinesDamaged) as error:
+    except UsageError as error:
         print(f"hybridkv eval: {error}", file=sys.stderr)
         return exit_codes.USAGE
     except EvalError as error:

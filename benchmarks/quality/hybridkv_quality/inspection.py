@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv_quality.settings import EvalError, UsageError
 from hybridkv_vllm import exit_codes
-from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.observe.heads import RequestHeads
 
 if TYPE_CHECKING:
     from hybridkv_quality.sample import Sample
     from hybridkv_quality.server_target import OpenAIServer
+    from hybridkv_vllm.config import ServerOptions
+    from hybridkv_vllm.observe.heads import RequestHeads
 
 DESCRIPTION = """\
 Draws a map of a prompt's KV heads over layers: the classifier's figure, the verdict, the budget of each.

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybridkv_quality.sample import Sample
 from hybridkv_quality.scoring import score, word_hits
+from hybridkv_quality.settings import LinesDamaged
 from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.observe.heads import RequestHeads
 from hybridkv_vllm.plan import ceil_pages
@@ -131,10 +132,6 @@ class HeadsExample(BaseModel):
             theta=options.theta,
             heads=heads,
         )
-
-
-class LinesDamaged(ValueError):
-    """A file of records holds a line that no run has written."""
 
 
 class JsonLines(Generic[Line]):

@@ -27,6 +27,10 @@ class UsageError(EvalError):
     """Arguments that fit nothing; found before anything is started."""
 
 
+class LinesDamaged(UsageError):
+    """A file of records holds a line that no run has written."""
+
+
 class SuiteSource(BaseModel):
     """The suite that ships with this package."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from hybridkv_quality.environment import Environment
 from pydantic import BaseModel, Field
 
-from serving.clients import Answer, Played
+from hybridkv_serving.clients import Answer, Played
 
 STOCK, OURS = "stock", "hybridkv"
 # Higher is better for the first, lower for the second.

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI, OpenAIError
 
-from serving.trace import Conversation
+from hybridkv_serving.trace import Conversation
 
 
 @dataclass

@@ -7,12 +7,12 @@ import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image, ImageDraw
 
-Kind = Literal["images", "video", "chat"]
-KINDS: tuple[Kind, ...] = ("images", "video", "chat")
+from hybridkv_serving.kinds import Kind
+
 # A visual token of Qwen2.5-VL, in pixels each way.
 CELL = 28
 # Larger pictures are shrunk by the small model's processor.

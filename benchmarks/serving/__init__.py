@@ -1,1 +1,0 @@
-"""What `benchmarks/serve.py` is made of: conversations, clients that play them, and what is made of that."""
