@@ -4,77 +4,32 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
-import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from doc_pages import ROOT, Block, Page, read, words
 
 from hybridkv_vllm.cli import build_parser
 from hybridkv_vllm.config import RequestOptions, ServerOptions
 from hybridkv_vllm.observe.metrics import METRICS
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
 )
+QUICK_START = "docs/quick-start.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"--additional-config\.hybridkv\.([a-z_]+)")
 OURS = re.compile(r"\bhybridkv_[a-z0-9_]*[a-z0-9]\b")
 TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(\w+))?")
-ASSIGNMENT = re.compile(r"\w+=\S*")
-
-
-class Page(NamedTuple):
-    """A page in parts.
-
-    Attributes:
-        prose: lines outside of code blocks.
-        code: the lines of code blocks, those that a backslash continues put together.
-    """
-
-    prose: list[str]
-    code: list[str]
-
-
-def read(name: str) -> Page:
-    """Takes a page apart: blocks are fenced, or indented by four after an empty line."""
-    prose: list[str] = []
-    code: list[str] = []
-    fenced = indented = continued = False
-    previous = ""
-    for line in (ROOT / name).read_text().splitlines():
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-            continue
-        indented = line.startswith("    ") and (indented or not previous.strip())
-        if fenced or indented:
-            if continued:
-                code[-1] = code[-1].removesuffix("\\") + line
-            else:
-                code.append(line)
-            continued = line.endswith("\\")
-        else:
-            prose.append(line)
-        previous = line
-    return Page(prose, code)
-
-
-def words(line: str) -> list[str]:
-    """The words of a command, without what is set before it."""
-    try:
-        found = shlex.split(line, comments=True)
-    except ValueError:  # A quoted text that goes on in the next line.
-        found = line.split()
-    while found and ASSIGNMENT.fullmatch(found[0]):
-        del found[0]
-    return found
 
 
 def commands(page: Page) -> Iterator[list[str]]:
@@ -152,6 +107,31 @@ def test_links_and_anchors_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_and_their_flags_exist(name: str) -> None:
     assert not [said for command in commands(read(name)) if (said := problem(command))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_of_commands_runs_or_is_marked(name: str, tmp_path: Path) -> None:
+    """Those of the quick start are run by tests/test_release.py, in their order."""
+    for block in filter(lambda block: block.is_commands, read(name).blocks):
+        if block.mark is not None:
+            for path in re.findall(r"[\w./]+\.py|\.ci/run", block.mark):
+                assert (ROOT / path).is_file(), path
+        elif name != QUICK_START:
+            done = run(block, tmp_path)
+            assert done.returncode == 0, f"{block.text}{done.stderr}"
+
+
+def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a block as a user would, who is in this environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euc", block.text],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("name", PAGES)

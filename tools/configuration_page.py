@@ -65,6 +65,8 @@ REQUESTS = """\
 
 In the OpenAI body, under `vllm_xargs`. A bad one is HTTP 400, and the server goes on.
 
+<!-- not run: needs a server with MODEL; tests/server/test_http.py sends such requests -->
+
     curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '
 """
 VARIABLES = """\

@@ -58,7 +58,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
             "logits soft cap": bool(logits_soft_cap),
             "attention sinks": sinks is not None,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            f"{AttentionType(attn_type).value} attention": attn_type != AttentionType.DECODER,
         }
         for feature, present in unsupported.items():
             if present:

@@ -188,7 +188,7 @@ class HybridKVScheduler(Scheduler):
         return {
             "compressed": True,
             "prompt_tokens": num_tokens,
-            "kept_share": round(kept / num_tokens, 4),
+            "memory_share": round(kept / num_tokens, 4),
             "arena_blocks": plan.arena_size,
             "blocks_freed": plan.num_full_blocks if manager.is_released(request.request_id) else 0,
         }

@@ -118,7 +118,7 @@ def test_counters_are_what_an_observer_counts(
             assert request_id not in kept
             continue
         assert report["blocks_freed"] == given_back.get(request_id, 0)
-        assert kept[request_id] <= report["kept_share"] * tokens + 0.1
+        assert kept[request_id] <= report["memory_share"] * tokens + 0.1
         if request_id not in given_back:
             ended_at_once.append(request_id)
     counted_by_scheduler = [request_id for request_id, _ in observer.given_back] + ended_at_once

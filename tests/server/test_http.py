@@ -507,7 +507,7 @@ def test_an_answer_says_what_became_of_its_prompt_if_asked(client: OpenAI, serve
         "hybridkv": {
             "compressed": True,
             "prompt_tokens": tokens,
-            "kept_share": round((arena * PAGE_TOKENS + tokens % PAGE_TOKENS) / tokens, 4),
+            "memory_share": round((arena * PAGE_TOKENS + tokens % PAGE_TOKENS) / tokens, 4),
             "arena_blocks": arena,
             "blocks_freed": changes["hybridkv_blocks_freed_total"],
         }

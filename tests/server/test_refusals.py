@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.worker.gpu import model_states
+from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 
 from hybridkv_vllm import startup
+from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
+from hybridkv_vllm.plugin import install_worker_hooks
 from hybridkv_vllm.profile import HeadProfile
 from hybridkv_vllm.startup import ASYNC_SCHEDULER, SYNC_SCHEDULER
 
@@ -97,6 +104,31 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_local_experts": 2,
         "intermediate_size_mlp": 128,
         "interleave_moe_layer_step": 1,
+    },
+    "encoder-decoder": {
+        "model_type": "whisper",
+        "architectures": ["WhisperForConditionalGeneration"],
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "max_target_positions": 4096,
+    },
+    "pictures in both directions": {
+        "model_type": "paligemma",
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "text_config": {**SMALL, "model_type": "gemma", "head_dim": 16},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": 64,
+        },
     },
     "head size 12": {**QWEN2, "hidden_size": 48},
     "17 query heads on a KV head": {**QWEN2, "hidden_size": 34 * 16, "num_attention_heads": 34},
@@ -252,6 +284,8 @@ def test_an_unknown_policy(tiny_model: Path) -> None:
         ("mamba hybrid", "Mamba or linear-attention layers"),
         ("mamba through transformers", "linear_attention"),
         ("chunked attention", "chunked local attention"),
+        ("encoder-decoder", "the model is an encoder-decoder"),
+        ("pictures in both directions", "attends to pictures in both directions"),
         ("head size 12", "head size 12 is not supported (16 to 256, a multiple of 8)"),
         ("17 query heads on a KV head", "34 query heads share 2 KV heads on a rank (at most 16 may"),
     ],
@@ -294,6 +328,52 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
 )
 def test_settings_that_cannot_be_served(tiny_model: Path, settings: dict[str, Any], remedy: str) -> None:
     assert refusal(tiny_model, {}, **settings).endswith(remedy)
+
+
+def test_micro_batching(tmp_path: Path) -> None:
+    """Of a text model: with one for pictures vLLM refuses it itself."""
+    line = refusal(model_folder(tmp_path, "plain"), {}, ubatch_size=2, all2all_backend="deepep_low_latency")
+    assert line.endswith("remove --enable-dbo and --ubatch-size")
+
+
+def test_torch_kernels_under_cuda_graphs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config(tiny_model, {"kernels": "torch"})
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    with pytest.raises(HybridKVConfigError, match="cannot hold; add --enforce-eager or use auto"):
+        startup.configure(config)
+    startup.configure(engine_config(tiny_model, {"kernels": "torch"}, enforce_eager=True))
+
+
+def test_a_model_with_a_state_of_its_own(tiny_model: Path) -> None:
+    """Found by a worker: the class is known when the model is built."""
+
+    class Model(torch.nn.Module):
+        def get_model_state_cls(self) -> type:
+            return EncoderOnlyModelState
+
+    install_worker_hooks()
+    assert model_states.resolve_model_state_cls(engine_config(tiny_model), Model()) is EncoderOnlyModelState
+    with pytest.raises(HybridKVConfigError, match=r"its own state \(EncoderOnlyModelState\); serve it with"):
+        model_states.resolve_model_state_cls(engine_config(tiny_model, {}), Model())
+
+
+@pytest.mark.parametrize(
+    ("layer", "feature"),
+    [
+        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
+        ({"sliding_window": 512}, "sliding-window attention"),
+        ({"logits_soft_cap": 30.0}, "logits soft cap"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "KV sharing between layers"),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder_decoder attention"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_that_attend_in_another_way(layer: dict[str, Any], feature: str) -> None:
+    """Found by a worker: only the model's code knows."""
+    expected = f"{feature} is not supported; serve this model with another --attention-backend"
+    with pytest.raises(HybridKVConfigError, match=expected):
+        HybridKVImpl(4, 64, 0.125, 2, **layer)
 
 
 def test_the_window_has_its_room_exactly(tiny_model: Path) -> None:
