@@ -11,9 +11,13 @@ setup:
 demo: setup
 	@$(RUN) -m hybridkv_vllm.demo
 
-# What starts engines and servers wants the machine for itself; of all else each file takes a core.
+# Of quick tests each file takes a core. So does each file of engines, but on a GPU, where one takes the whole card.
+# Servers want the machine for themselves.
+ENGINES := $(if $(shell command -v nvidia-smi),1,auto)
+
 test: lint test-fast
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not alone" -n $(ENGINES) --dist loadfile
+	$(RUN) -m pytest -m "slow and alone"
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --dist loadfile

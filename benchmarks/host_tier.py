@@ -142,7 +142,7 @@ def measure_gather(scene: Scene, misses: int, repeats: int) -> dict[str, float]:
     """`misses` chunks for each head from the host, against one pinned copy of the same bytes."""
     device = scene.pool.device
     rows = len(scene.row_slot)
-    work = RecallWork.create(rows, KV_HEADS, QUERY_HEADS, HEAD_SIZE, scene.chunks, device)
+    work = RecallWork.create(rows, KV_HEADS, QUERY_HEADS, HEAD_SIZE, scene.chunks, rows, device)
     items = rows * KV_HEADS
     wanted = torch.stack([torch.randperm(scene.chunks)[:misses].sort().values for _ in range(items)])
     work.missing[:, :misses] = wanted.int().to(device)

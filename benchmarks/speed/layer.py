@@ -258,7 +258,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         DecodePlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
         recall,
         landmarks,
-        RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, HEAD_SIZE, case.chunks, device),
+        RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, HEAD_SIZE, case.chunks, case.batch, device),
         store,
         owner,
     )

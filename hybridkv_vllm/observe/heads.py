@@ -45,7 +45,10 @@ class HeadTables(BaseModel):
 
 
 class RankRecord(BaseModel):
-    """One request as one rank saw it; the sums are over the rank's heads, which older requests lack."""
+    """One request as one rank saw it; the sums are over the rank's heads, which older requests lack.
+
+    Its chunks are counted when it has ended.
+    """
 
     request_id: str
     recorded_at: float
@@ -57,6 +60,8 @@ class RankRecord(BaseModel):
     num_dynamic: int
     num_recalled: int
     num_kept: int
+    chunks_hit: int | None = None
+    chunks_recalled: int | None = None
     heads: HeadTables | None
 
 
@@ -97,11 +102,26 @@ class HeadsReport:
             heads=heads,
         )
         self._records.pop(request_id, None)
-        short = record.model_copy(update={"heads": None})
-        self._records[request_id] = record.model_dump_json(), short.model_dump_json()
+        self._put(record)
         if len(self._records) > LISTED_REQUESTS:
             del self._records[next(iter(self._records))]
         self._write()
+
+    def end(self, request_id: str, chunks_hit: int, chunks_recalled: int) -> None:
+        """Adds how many chunks an ended request chose that were on the GPU already, and how many others."""
+        texts = self._records.get(request_id)
+        if texts is None:
+            return
+        record = RankRecord.model_validate_json(texts[0])
+        if record.num_recalled:
+            self._put(
+                record.model_copy(update={"chunks_hit": chunks_hit, "chunks_recalled": chunks_recalled})
+            )
+            self._write()
+
+    def _put(self, record: RankRecord) -> None:
+        short = record.model_copy(update={"heads": None})
+        self._records[record.request_id] = record.model_dump_json(), short.model_dump_json()
 
     def _write(self) -> None:
         # The id is asked for here: a forked child must not write its parent's file.
@@ -176,6 +196,10 @@ class RequestSummary(BaseModel):
     arena_blocks: int = Field(description="Blocks of its arena.")
     dynamic_share: float = Field(description="Share of the heads that the classifier called dynamic.")
     recalled_share: float = Field(description="Share of the heads that recall chunks.")
+    hit_rate: float | None = Field(
+        description="Share of the chunks chosen while decoding that were on the GPU already; null until the "
+        "request has ended, and where no head recalls."
+    )
     compress_seconds: float = Field(
         description="Time that the device spent on compressing the prompt, added up over pipeline ranks as "
         "the first tensor rank of each measured it."
@@ -287,8 +311,20 @@ def _summarise(stages: Stages) -> RequestSummary:
         arena_blocks=first.arena_blocks,
         dynamic_share=sum(record.num_dynamic for record in records) / num_heads,
         recalled_share=sum(record.num_recalled for record in records) / num_heads,
+        hit_rate=_hit_rate([record for record in records if record.num_recalled]),
         compress_seconds=sum(stage[0].compress_seconds for stage in stages),
     )
+
+
+def _hit_rate(recalling: Sequence[RankRecord]) -> float | None:
+    """Of the ranks that have heads that recall."""
+    hit = recalled = 0
+    for record in recalling:
+        if record.chunks_hit is None or record.chunks_recalled is None:
+            return None
+        hit += record.chunks_hit
+        recalled += record.chunks_recalled
+    return hit / (hit + recalled) if hit + recalled else None
 
 
 def _merge_request(stages: Stages) -> RequestHeads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from hybridkv_kernels import Backend
@@ -38,6 +39,7 @@ class Compression:
         recalls: whether dynamic heads ought to recall, so that those that do not are counted.
         store_end: as `RecallBeginning` says; None where no head could recall.
         timer: the device's time for it.
+        chunks_before: `[2]` int64 on the device, what its slot's counters held; None where none can recall.
     """
 
     grant: ArenaGrant
@@ -46,6 +48,7 @@ class Compression:
     recalls: bool
     store_end: Tensor | None
     timer: DeviceTimer
+    chunks_before: Tensor | None
 
 
 class PrefillEnd:
@@ -160,6 +163,7 @@ class PrefillEnd:
             recalls=tables.recall is not None and plan.recalls,
             store_end=None if recall is None else recall.store_end,
             timer=self._timer,
+            chunks_before=None if tables.recall is None else tables.recall.work.counters[self._slot].clone(),
         )
 
 
@@ -173,14 +177,22 @@ class CompressionLog:
         self._heads = heads
         self._recall = recall
         self._on_gpu = device.type == "cuda"
-        self._pending: deque[tuple[torch.cuda.Event | None, Tensor, Compression]] = deque()
-        self._counters = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._pending: deque[tuple[torch.cuda.Event | None, Tensor, Tensor | None, Compression]] = deque()
+        self._ending: deque[tuple[torch.cuda.Event | None, Tensor, str]] = deque()
+        slots = 0 if recall is None else recall.work.counters.shape[0]
+        self._counters = torch.zeros(slots, 2, dtype=torch.int64, pin_memory=self._on_gpu)
         self._counters_here: torch.cuda.Event | None = None
         self._counted = (0, 0)
+        # What a slot's counters held when its request was compressed, by request.
+        self._chunks_before: dict[str, Tensor] = {}
 
-    def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
-        """Starts a copy to the host; the event, which a CPU does without, tells when it is done."""
-        target.copy_(source, non_blocking=True)
+    def _to_host(self, source: Tensor) -> Tensor:
+        """Starts a copy to the host."""
+        target = torch.empty_like(source, device="cpu", pin_memory=self._on_gpu)
+        return target.copy_(source, non_blocking=True)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Tells when the copies so far are done; a CPU does without."""
         if not self._on_gpu:
             return None
         event = torch.cuda.Event()
@@ -203,14 +215,32 @@ class CompressionLog:
                 )
             ]
         )
-        copied = torch.empty_like(figures, device="cpu", pin_memory=self._on_gpu)
-        self._pending.append((self._copy(figures, copied), copied, compression))
+        here, before = self._to_host(figures), None
+        if compression.chunks_before is not None:
+            before = self._to_host(compression.chunks_before)
+        self._pending.append((self._mark(), here, before, compression))
+
+    def end(self, request_id: str, slot: int) -> None:
+        """Starts the copy of a request's counters, after its last step and before its slot is another's."""
+        if self._recall is not None:
+            counters = self._to_host(self._recall.work.counters[slot])
+            self._ending.append((self._mark(), counters, request_id))
 
     def collect(self) -> None:
         """Counts what has arrived; called between steps."""
+        # Looked at first: what is here of a request's end, its compression is here before.
+        num_ended = sum(1 for _ in takewhile(lambda ending: _is_here(ending[0]), self._ending))
         while self._pending and _is_here(self._pending[0][0]):
-            _, figures, compression = self._pending.popleft()
+            _, figures, before, compression = self._pending.popleft()
             self._count_compression(figures, compression)
+            if before is not None:
+                self._chunks_before[compression.grant.request_id] = before
+        for _ in range(num_ended):
+            _, counters, request_id = self._ending.popleft()
+            before = self._chunks_before.pop(request_id, None)
+            if before is not None:
+                hit, recalled = (counters - before).tolist()
+                self._heads.end(request_id, hit, recalled)
         if self._recall is not None:
             self._count_chunks(self._recall)
             if self._recall.tier is not None:
@@ -253,12 +283,13 @@ class CompressionLog:
         if not _is_here(self._counters_here):
             return
         self._count_copied()
-        self._counters_here = self._copy(recall.work.counters, self._counters)
+        self._counters.copy_(recall.work.counters, non_blocking=True)
+        self._counters_here = self._mark()
         if not self._on_gpu:
             self._count_copied()
 
     def _count_copied(self) -> None:
-        hit, recalled = self._counters.tolist()
+        hit, recalled = self._counters.sum(0).tolist()
         if (hit, recalled) != self._counted:
             self._metrics.chunks(hit - self._counted[0], recalled - self._counted[1])
             self._counted = (hit, recalled)

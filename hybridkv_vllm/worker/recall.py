@@ -87,7 +87,7 @@ class RecallState:
             prompt_len=torch.zeros(slots, dtype=torch.int32, device=device),
         )
         work = RecallWork.create(
-            max_rows, shape.num_kv_heads, shape.num_query_heads, shape.head_size, max_chunks, device
+            max_rows, shape.num_kv_heads, shape.num_query_heads, shape.head_size, max_chunks, slots, device
         )
         stream = torch.cuda.Stream(device) if device.type == "cuda" and tier is not None else None
         return cls(tables, work, landmarks, tier, options, backend, read_positions, stream)

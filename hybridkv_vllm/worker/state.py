@@ -199,6 +199,8 @@ class HybridKVModelState(DefaultModelState):
         super().remove_request(req_id)
         slot = self._slots.pop(req_id, None)
         if slot is not None and self._tables is not None and self._log is not None:
+            if slot in self._tables.grants:
+                self._log.end(req_id, slot)
             self._tables.reset(slot)
             # The last request's figures must not wait for a next one.
             self._log.collect()

@@ -123,6 +123,7 @@ def test_clients_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_server_that_does_not_start_is_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_server_that_does_not_start_is_exit_code_1(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_more_requests_run_at_once_in_the_same_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,8 @@ class Observer:
         given_back: request and number of blocks, each time that it gave some back without ending.
         kept: request and tokens on the GPU, mean over KV heads, each time that a compressed one left.
         preempted: ids, once each time.
-        chunks_hit, chunks_recalled: hot chunks that a step found hot already; that it made hot.
+        chunks: of each compressed request, since it was compressed last, the hot chunks that its steps found
+            hot already, and those that they made hot.
     """
 
     def __init__(self, ours: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,8 @@ class Observer:
         self.given_back: list[tuple[str, int]] = []
         self.kept: list[tuple[str, float]] = []
         self.preempted: list[str] = []
-        self.chunks_hit = self.chunks_recalled = 0
+        self.chunks: dict[str, tuple[int, int]] = {}
+        self._chunks_before: list[tuple[int, int]] = []
         state = ours.core.model_executor.driver_worker.worker.model_runner.model_state
         assert isinstance(state, HybridKVModelState)
         self._tables = state._tables
@@ -55,24 +57,26 @@ class Observer:
         return self._prompts[request_id]
 
     def _see_arrival(self, call: Callable[[], Any], request: Any) -> Any:
-        self._prompts[_given(request.request_id)] = request.num_prompt_tokens
+        self._prompts[given(request.request_id)] = request.num_prompt_tokens
         return call()
 
     def _see_preemption(self, call: Callable[[], Any], request: Any, *_: Any) -> Any:
-        self.preempted.append(_given(request.request_id))
+        request_id = given(request.request_id)
+        self.preempted.append(request_id)
+        self._chunks_before.append(self.chunks.pop(request_id, (0, 0)))
         return call()
 
     def _see_return(self, call: Callable[[], Any], request_id: str, *_: Any) -> Any:
         before = self._references()
         result = call()
         if gone := before - self._references():
-            self.given_back.append((_given(request_id), gone))
+            self.given_back.append((given(request_id), gone))
         return result
 
     def _see_end(self, call: Callable[[], Any], slot: int) -> Any:
         tables = self._tables.decode
         if tail_start := int(tables.tail_start[slot]):
-            request_id = _given(self._tables.grants[slot].request_id)
+            request_id = given(self._tables.grants[slot].request_id)
             kept = tables.extents[slot, :, :, 1].double().mean()
             self.kept.append((request_id, float(kept) + self._prompts[request_id] - tail_start))
 
@@ -90,14 +94,21 @@ class Observer:
         scale: float,
     ) -> Any:
         """Of one layer. The option `recall_interval` has to be 1: else some steps choose nothing."""
-        slots = [slot for slot in row_slot.tolist() if slot >= 0]
+        slots = [slot for slot in row_slot.tolist() if slot in self._tables.grants]
         before = [self._hot_chunks(slot, layer) for slot in slots]
         result = call()
         for slot, hot in zip(slots, before, strict=True):
             now = self._hot_chunks(slot, layer)
-            self.chunks_hit += int((now & hot).sum())
-            self.chunks_recalled += int((now & ~hot).sum())
+            request_id = given(self._tables.grants[slot].request_id)
+            seen = self.chunks.get(request_id, (0, 0))
+            self.chunks[request_id] = seen[0] + int((now & hot).sum()), seen[1] + int((now & ~hot).sum())
         return result
+
+    @property
+    def all_chunks(self) -> tuple[int, int]:
+        """Of all requests and all their lives."""
+        hit, recalled = zip(*self._chunks_before, *self.chunks.values(), strict=True)
+        return sum(hit), sum(recalled)
 
     def _hot_chunks(self, slot: int, layer: int) -> Tensor:
         """Which chunks of the heads that recall lie in the arena, `[heads, chunks]` bool."""
@@ -123,7 +134,7 @@ class Observer:
         return [block for blocks in self._ours.manager.req_to_blocks.values() for block in blocks]
 
 
-def _given(request_id: str) -> str:
+def given(request_id: str) -> str:
     """The id as it was given; vLLM adds a random part."""
     return request_id.partition("-")[0]
 

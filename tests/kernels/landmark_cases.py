@@ -73,7 +73,7 @@ class RecallCase:
         chunks = max(keys.shape[2] for keys in self.keys) // PAGE
         heads = self.decode.num_kv_heads
         work = RecallWork.create(
-            rows, heads, heads * group, self.landmarks.layout.head_size, chunks + 1, self.pool.device
+            rows, heads, heads * group, self.landmarks.layout.head_size, chunks + 1, rows, self.pool.device
         )
         for buffer in (work.log_weight, work.rotated, work.harmonics):
             buffer.fill_(math.nan)

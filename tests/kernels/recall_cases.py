@@ -136,7 +136,7 @@ def recall_case(
     )
     # Longer than any prompt, and not a round number.
     work = RecallWork.create(
-        len(rows) + 1, heads, heads * group, layout.head_size, max(num_chunks) + 3, device
+        len(rows) + 1, heads, heads * group, layout.head_size, max(num_chunks) + 3, slots, device
     )
     # Would be chosen, and NaN would not.
     work.log_weight.fill_(1e30)

@@ -47,7 +47,8 @@ def expected(
             want["missing"][item, place] = arriving
             want["freed"][item, place] = resident.index(leaving)
             case.put(want["pool"], head, leaving, -1)
-        want["counters"] += torch.tensor([len(chosen) - len(missing), len(missing)]).to(want["counters"])
+        counted = torch.tensor([len(chosen) - len(missing), len(missing)])
+        want["counters"][head[0]] += counted.to(want["counters"])
     return want
 
 
@@ -127,7 +128,9 @@ def test_selects_the_largest(
     for layer in range(case.decode.num_layers):
         set_weights(case, layer)
         check(case, layer, backend)
-    assert case.work.counters.min() > 0
+    assert case.work.counters.sum(0).min() > 0
+    # Each slot counts for itself.
+    assert case.work.counters.any(1).sum() > 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -254,12 +257,12 @@ def test_pages_past_two_billion_elements(backend: Backend, device: torch.device)
     recall = RecallTables(index([0], device).view(1, 1, 1), index([0], device)[None], index([64], device))
     entries = pool[last].view(torch.int32).flatten()[layout.slot_offset // 4 + layout.reserved :][:4]
     entries.copy_(index([-1, 1, 0, -1], device))
-    work = RecallWork.create(1, 1, 1, 64, 4, device)
+    work = RecallWork.create(1, 1, 1, 64, 4, 1, device)
     work.log_weight[0, 0] = torch.tensor([3.0, 0.0, 2.0, 1.0])
     row_slot, row_len = index([0], device), index([65], device)
     chunk_select(pool, row_slot, row_len, decode, recall, 0, layout, work, backend=backend)
     assert entries.tolist() == [-1, -1, 0, -1]
-    assert (work.num_missing.tolist(), work.counters.tolist()) == ([1], [1, 1])
+    assert (work.num_missing.tolist(), work.counters.tolist()) == ([1], [[1, 1]])
     assert (int(work.missing[0, 0]), int(work.freed[0, 0])) == (0, 1)
 
 
@@ -301,8 +304,11 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     with pytest.raises(ValueError, match="chunk_first"):
         select(case, 0, "torch")
     case.recall = RecallTables(chunk_first, case.recall.store_blocks, case.recall.prompt_len)
-    case.work = RecallWork.create(5, 3, 3, 64, 70, device)
+    case.work = RecallWork.create(5, 3, 3, 64, 70, len(case.prompt_lens), device)
     with pytest.raises(ValueError, match="more than the buffers"):
+        select(case, 0, "torch")
+    case.work = RecallWork.create(50, 3, 3, 64, 70, 1, device)
+    with pytest.raises(ValueError, match="request slots are more than the buffers' 1"):
         select(case, 0, "torch")
     case.row_slot = case.row_slot.long()
     with pytest.raises(ValueError, match="row_slot"):

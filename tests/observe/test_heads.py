@@ -66,12 +66,16 @@ def names() -> list[str]:
 
 
 def report_as_rank(connection: Connection, dp_rank: int, pp_rank: int, tp_rank: int, layers: int) -> None:
-    """A worker: reports each request it is told."""
+    """A worker: reports each request it is told, and each end."""
     report = heads_report(dp_rank, pp_rank, tp_rank)
     connection.send("ready")
     while True:
-        number, name = connection.recv()
-        record(report, number, pp_rank, tp_rank, layers, name)
+        message = connection.recv()
+        if len(message) == 3:
+            report.end(*message)
+        else:
+            number, name = message
+            record(report, number, pp_rank, tp_rank, layers, name)
         connection.send("reported")
 
 
@@ -88,6 +92,11 @@ def write_until_told(connection: Connection) -> None:
 
 def tell(worker: Any, number: int, name: str | None = None) -> None:
     worker.tell((number, name))
+    assert worker.hear() == "reported"
+
+
+def end(worker: Any, name: str, chunks_hit: int, chunks_recalled: int) -> None:
+    worker.tell((name, chunks_hit, chunks_recalled))
     assert worker.hear() == "reported"
 
 
@@ -142,6 +151,18 @@ def test_ranks_of_a_request_are_put_together(directory: Path, start_worker: Call
     # Of each pipeline rank what its first tensor rank measured.
     assert request.compress_seconds == pytest.approx(0.01 + 1.01)
     assert listed[1].compressed_at < request.compressed_at <= time.time()
+
+    # Chunks count once all ranks with heads that recall have seen the end: here the first of each stage.
+    for number, (rank, worker) in enumerate(ranks.items()):
+        assert read_requests()[0].hit_rate == (0.8 if number > 2 else None)
+        end(worker, "r6", 90, 10 if rank[0] == 0 else 35)
+    newest, older = read_requests()
+    assert newest == request.model_copy(update={"hit_rate": 180 / 225})
+    assert older.hit_rate is None
+    # It is compressed again after a preemption, and has not ended.
+    for worker in ranks.values():
+        tell(worker, 6)
+    assert read_requests()[0].hit_rate is None
 
     # The dead have left their files, but these do not count.
     for worker in ranks.values():
@@ -312,6 +333,8 @@ def test_the_file_holds_no_more_than_the_figures(directory: Path) -> None:
         "num_dynamic",
         "num_recalled",
         "num_kept",
+        "chunks_hit",
+        "chunks_recalled",
         "heads",
     }
     assert set(entry["heads"]) == {"figure", "dynamic", "recalled", "pages", "kept_tokens"}

@@ -56,6 +56,8 @@ def compress(name: str) -> None:
     report.record(name, make_plan(4000, (), 0.1, 64), 0.125, heads)
     short = HeadTables(figure=[[1.0]], dynamic=[[False]], recalled=[[False]], pages=[[1]], kept_tokens=[[16]])
     report.record("cmpl-2", make_plan(17, (), 1.0, 64), 0.5, short)
+    report.end(name, 7, 1)
+    report.end("cmpl-2", 0, 0)
 
 
 def test_before_the_first_request(client: TestClient) -> None:
@@ -115,6 +117,7 @@ def test_requests(client: TestClient) -> None:
         "arena_blocks": 2,
         "dynamic_share": 0.0,
         "recalled_share": 0.0,
+        "hit_rate": None,
         "compress_seconds": 0.5,
     }
     assert older == {
@@ -126,6 +129,7 @@ def test_requests(client: TestClient) -> None:
         "arena_blocks": 25,
         "dynamic_share": 0.75,
         "recalled_share": 0.25,
+        "hit_rate": 0.875,
         "compress_seconds": 0.125,
     }
     assert set(RequestsResponse.model_json_schema()["$defs"]["RequestSummary"]["properties"]) == {

@@ -184,6 +184,7 @@ def test_batches_are_whole_contexts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_real_server_is_asked_and_its_memory_told(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ from hybridkv_vllm.policies import recall_limits
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MODEL = "tiny"
 BUDGET = 0.25

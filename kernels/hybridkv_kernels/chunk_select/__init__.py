@@ -41,7 +41,8 @@ def chunk_select(
     hot and were not chosen to `work.freed`, in the order of their chunks, and these chunks are no longer
     hot; `chunk_gather` fills the slots. There are as many of one as of the other, because all hot slots are
     full: each holds another chunk. Items of padding rows, of heads that do not recall and of rows that do
-    not select get a `num_missing` of 0 and are otherwise left as they are. The counters count on.
+    not select get a `num_missing` of 0 and are otherwise left as they are. The counters of the rows' slots
+    count on.
 
     No two rows may share a slot. Nothing synchronises with the host and launch shapes depend only on N, so
     the call can be captured in a CUDA graph.

@@ -46,8 +46,8 @@ def chunk_select(
         where, index, number = _numbered(evicted)
         work.freed[item[where], number] = hot_slot[where, index]
         entries[entry[where, index]] = -1
-        work.counters[0] += (chosen & hot).sum()
-        work.counters[1] += missing.sum()
+        work.counters[slot, 0] += (chosen & hot).sum()
+        work.counters[slot, 1] += missing.sum()
 
 
 def _choose(log_weight: Tensor, count: Tensor, pin_first: int, pin_recent: int) -> Tensor:

@@ -115,8 +115,9 @@ def chunk_select_kernel(
         arrived += tl.sum(arriving, axis=0)
         left += tl.sum(leaving, axis=0)
     tl.store(num_missing + item, arrived)
-    tl.atomic_add(counters, (hot_slots - arrived).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + 1, arrived.to(tl.int64), sem="relaxed")
+    counter = counters + slot.to(tl.int64) * 2
+    tl.atomic_add(counter, (hot_slots - arrived).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counter + 1, arrived.to(tl.int64), sem="relaxed")
 
 
 @functools.cache

@@ -31,6 +31,8 @@ def check_recall(
     require(0 <= layer < decode.num_layers, f"layer {layer} is not within 0..{decode.num_layers - 1}")
     items, most = row_slot.shape[0] * decode.num_kv_heads, work.num_missing.shape[0]
     require(items <= most, f"{items} rows times KV heads are more than the buffers' {most}")
+    slots, most = recall.chunk_first.shape[0], work.counters.shape[0]
+    require(slots <= most, f"{slots} request slots are more than the buffers' {most}")
 
 
 def check_store(pool: Tensor, store: Tensor) -> None:

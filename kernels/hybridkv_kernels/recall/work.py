@@ -12,13 +12,16 @@ from ..pages import group_size, require
 class RecallWork:
     """Device buffers for up to R decode rows of H KV heads and C chunks; item `row*H + head` as in a plan.
 
+    Rows are of S request slots.
+
     Attributes:
         log_weight: [R*H, G, C] fp32, log2 of a chunk's attention weight for each member of the query group,
             up to a constant of the member's own.
         num_missing: [R*H] int32, chunks that were chosen and are not hot.
         missing: [R*H, C] int32, those chunks, ascending; stale past num_missing.
         freed: [R*H, C] int32, the hot slot that each one goes to; stale past num_missing.
-        counters: [2] int64, chosen chunks since the start that were hot already, and that were missing.
+        counters: [S, 2] int64, of each slot the chosen chunks since the start that were hot already, and
+            that were missing.
         rotated: [R*H, G, D] fp32, the rotated queries (sketches).
         harmonics: [R*H, G, 2*D] fp32, the query's product with the centre as cosine and sine weights.
     """
@@ -39,6 +42,7 @@ class RecallWork:
         num_q_heads: int,
         head_size: int,
         max_chunks: int,
+        slots: int,
         device: torch.device | str,
     ) -> "RecallWork":
         """Allocate the buffers.
@@ -48,7 +52,8 @@ class RecallWork:
         """
         group = group_size(num_q_heads, num_kv_heads)
         require(
-            min(max_rows, max_chunks, head_size) >= 1, "every size of the recall buffers must be positive"
+            min(max_rows, max_chunks, slots, head_size) >= 1,
+            "every size of the recall buffers must be positive",
         )
         items = max_rows * num_kv_heads
 
@@ -63,7 +68,7 @@ class RecallWork:
             num_missing=indices(items),
             missing=indices(items, max_chunks),
             freed=indices(items, max_chunks),
-            counters=torch.zeros(2, dtype=torch.int64, device=device),
+            counters=torch.zeros(slots, 2, dtype=torch.int64, device=device),
             rotated=floats(items, group, head_size),
             harmonics=floats(items, group, 2 * head_size),
         )
