@@ -41,7 +41,7 @@ from hybridkv_vllm.server import Server, ServerFailed, serve
 NAME = "model"
 LENGTHS = (256, 768, 1024, 1536)
 GOES_AWAY, KEEPS_ALL, UNCOMPRESSED = 0.1, 0.05, 0.05
-SAMPLE_SECONDS, EMPTY_SECONDS = 2.0, 60.0
+METRICS_SECONDS, WAITS_A_SAMPLE, EMPTY_SECONDS = 2.0, 5, 60.0
 # Figures that are 0 once nobody asks any more.
 EMPTY = (
     "vllm:num_requests_running",
@@ -70,7 +70,7 @@ class Soak(BaseModel):
     preemptions: int = 0
     compressed: int = 0
     memory: dict[str, list[float]] = Field(
-        default={}, description="MiB of each process that are its own, every two seconds or so."
+        default={}, description="MiB of each process that are its own, every ten seconds or so."
     )
     memory_after_warm_up: float = Field(default=0, description="MiB, all processes; median.")
     memory_at_end: float = Field(default=0, description="MiB, in the last tenth; median.")
@@ -134,19 +134,23 @@ def _watch(url: str, pid: int, seconds: float) -> tuple[dict[str, list[float]], 
     """
     memory: dict[str, list[float]] = {}
     waits: list[float] = []
+    samples = 0
     end = time.monotonic() + seconds
     with httpx.Client(timeout=60) as http:
         while time.monotonic() < end:
             began = time.monotonic()
             http.get(f"{url}/metrics").raise_for_status()
             waits.append(time.monotonic() - began)
-            for process in psutil.Process(pid).children(recursive=True):
-                if process.pid != os.getpid():
-                    # One that came later starts its list with zeros.
-                    series = memory.setdefault(f"{process.name()} {process.pid}", [0.0] * (len(waits) - 1))
-                    series.append(_unique_memory(process) / 2**20)
-            time.sleep(SAMPLE_SECONDS)
-    return memory, waits
+            if len(waits) % WAITS_A_SAMPLE == 0:
+                for process in psutil.Process(pid).children(recursive=True):
+                    if process.pid != os.getpid():
+                        series = memory.setdefault(f"{process.name()} {process.pid}", [])
+                        series += [0.0] * (samples - len(series))
+                        series.append(round(_unique_memory(process) / 2**20, 1))
+                samples += 1
+            time.sleep(METRICS_SECONDS)
+    # 0 before a process came and after it went.
+    return {name: series + [0.0] * (samples - len(series)) for name, series in memory.items()}, waits
 
 
 def _unique_memory(process: psutil.Process) -> int:
@@ -173,7 +177,7 @@ async def _load(soak: Soak, server: Server, tokens: int) -> None:
     finally:
         await api.close()
     soak.memory = memory
-    total = [sum(sample) for sample in zip(*memory.values(), strict=False)]
+    total = [sum(sample) for sample in zip(*memory.values(), strict=True)]
     warm = total[int(soak.warm_up / seconds * len(total)) :]
     tenth = max(1, len(warm) // 10)
     soak.memory_after_warm_up = statistics.median(warm[:tenth])

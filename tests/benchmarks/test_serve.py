@@ -101,7 +101,6 @@ def test_comparisons_are_above_one_where_we_are_ahead() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scenarios", "batch,films"], "unknown scenario: films (known: batch, images, video, chat)"),
         (["--clients", "8", "--prompts-in-memory", "4"], "more at once than --prompts-in-memory"),
         (["--clients", "0"], "--clients must be at least 1, got 0"),
         (["--requests", "0"], "--requests must be at least 1, got 0"),
@@ -115,11 +114,20 @@ def test_arguments_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
-def test_clients_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clients", "two"], "'two': write whole numbers with commas, such as 1,32"),
+        (["--scenarios", "batch,films"], "unknown: films (known: batch, images, video, chat)"),
+    ],
+)
+def test_arguments_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["bench", "--clients", "two"])
+        main(["bench", *arguments])
     assert ended.value.code == exit_codes.USAGE
-    assert "'two': write whole numbers with commas, such as 1,32" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

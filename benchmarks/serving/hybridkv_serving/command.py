@@ -41,6 +41,7 @@ exit code: 0 done, 1 a server failed or a turn was not answered, 2 wrong argumen
 """
 NAME = "model"
 BATCH = "batch"
+SCENARIOS = (BATCH, *KINDS)
 # Of a conversation beside its pictures and answers: questions and the chat template.
 OTHER_TOKENS = 128
 PRESSURE = 4
@@ -61,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default="host")
     parser.add_argument(
-        "--scenarios", default=f"{BATCH},{','.join(KINDS)}", metavar="A,B", help="of %(default)s"
+        "--scenarios",
+        type=_scenarios,
+        default=list(SCENARIOS),
+        metavar="A,B",
+        help=f"of {','.join(SCENARIOS)}",
     )
     parser.add_argument(
         "--clients", type=_whole_numbers, default=[2], metavar="N,M", help="of `batch` (default: 2)"
@@ -114,12 +119,7 @@ def _problem(args: argparse.Namespace) -> str | None:
     """What fits nothing, and what to do; None if all does."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return f"{', '.join(missing)} missing: pip install 'hybridkv-vllm[eval]'"
-    args.scenarios = args.scenarios.split(",")
-    if unknown := set(args.scenarios) - {BATCH, *KINDS}:
-        known = ", ".join((BATCH, *KINDS))
-        return f"unknown scenario: {', '.join(sorted(unknown))} (known: {known})"
-    counts = ("requests", "prompt_tokens", "answer_tokens", "prompts_in_memory")
-    for name in counts:
+    for name in ("requests", "prompt_tokens", "answer_tokens", "prompts_in_memory"):
         if getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
     if min(args.clients) < 1:
@@ -132,6 +132,13 @@ def _problem(args: argparse.Namespace) -> str | None:
             "raise --prompts-in-memory, or leave batch out of --scenarios"
         )
     return None
+
+
+def _scenarios(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := sorted(set(names) - {*SCENARIOS}):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)} (known: {', '.join(SCENARIOS)})")
+    return names
 
 
 def _whole_numbers(text: str) -> list[int]:
