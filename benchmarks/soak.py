@@ -4,8 +4,8 @@
     python benchmarks/soak.py --stock      # the same load on stock vLLM
 
 Clients stream answers about pictures of several lengths; some go away in the middle, some ask for everything
-to be kept, some for nothing to be compressed. Memory counts from the end of the warm-up on: until then caches
-of vLLM, torch and malloc fill.
+to be kept, some for nothing to be compressed. After a warm-up, in which caches fill, and after the load the
+server is left alone: what it has more of then has been kept.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -41,7 +39,12 @@ from hybridkv_vllm.server import Server, ServerFailed, serve
 NAME = "model"
 LENGTHS = (256, 768, 1024, 1536)
 GOES_AWAY, KEEPS_ALL, UNCOMPRESSED = 0.1, 0.05, 0.05
-METRICS_SECONDS, WAITS_A_SAMPLE, EMPTY_SECONDS = 2.0, 5, 60.0
+METRICS_SECONDS, REST_SECONDS, EMPTY_SECONDS = 1.0, 5.0, 60.0
+# On a CPU every tensor is malloc's, and glibc keeps what tensors of many sizes leave behind: memory grows for
+# long without a leak. With fixed thresholds it goes back when a tensor does.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+# Small enough to be full now and then: what has been used once counts as this process' from then on.
+HOST_POOL_GIB = 0.0625
 # Figures that are 0 once nobody asks any more.
 EMPTY = (
     "vllm:num_requests_running",
@@ -51,7 +54,7 @@ EMPTY = (
     "hybridkv_blocks_replaced",
     "hybridkv_host_bytes",
 )
-# Memory may differ by this share between samples without growing.
+# Memory may differ by this share without growing.
 MOST_GROWTH, MOST_METRICS_SECONDS = 0.03, 0.1
 
 
@@ -62,19 +65,18 @@ class Soak(BaseModel):
     environment: Environment
     server: str = Field(description="`stock` or `hybridkv`.")
     clients: int
-    warm_up: float = Field(description="Seconds of load before it counts.")
+    warm_up: float = Field(description="Seconds of load before anything counts.")
     seconds: float = Field(description="Seconds of load after that.")
     answers: int = 0
     gone_away: int = 0
     errors: list[str] = []
     preemptions: int = 0
     compressed: int = 0
-    memory: dict[str, list[float]] = Field(
-        default={}, description="MiB of each process that are its own, every ten seconds or so."
+    memory_after_warm_up: dict[str, float] = Field(
+        default={}, description="MiB that each process has for itself, at rest."
     )
-    memory_after_warm_up: float = Field(default=0, description="MiB, all processes; median.")
-    memory_at_end: float = Field(default=0, description="MiB, in the last tenth; median.")
-    metrics_p99: float = Field(default=0, description="Seconds that GET /metrics took.")
+    memory_at_end: dict[str, float] = Field(default={}, description="The same after the load.")
+    metrics_p99: float = Field(default=0, description="Seconds that GET /metrics took during the load.")
     left_over: dict[str, float] = Field(default={}, description="What was not empty at the end.")
 
     def problems(self) -> list[str]:
@@ -82,8 +84,9 @@ class Soak(BaseModel):
         found = [] if self.answers else ["no answer at all"]
         if self.errors:
             found.append(f"{len(self.errors)} errors, the first: {self.errors[0]}")
-        if self.memory_at_end > self.memory_after_warm_up * (1 + MOST_GROWTH):
-            found.append(f"memory grew from {self.memory_after_warm_up:.0f} to {self.memory_at_end:.0f} MiB")
+        before, after = sum(self.memory_after_warm_up.values()), sum(self.memory_at_end.values())
+        if after > before * (1 + MOST_GROWTH):
+            found.append(f"memory grew from {before:.0f} to {after:.0f} MiB")
         if self.metrics_p99 > MOST_METRICS_SECONDS:
             found.append(f"/metrics took {self.metrics_p99:.3f} s (99th percentile)")
         if self.left_over:
@@ -127,42 +130,24 @@ async def _client(soak: Soak, api: AsyncOpenAI, number: int, end: float, tokens:
         soak.answers += not goes_away
 
 
-def _watch(url: str, pid: int, seconds: float) -> tuple[dict[str, list[float]], list[float]]:
-    """Memory of a process' children, MiB by their names, and seconds of `/metrics`, sampled until the end.
+def _watch(url: str, seconds: float) -> list[float]:
+    """Seconds of `/metrics`, asked for again and again until the end.
 
     In a process of its own: the clients' would count its own delays as the server's.
     """
-    memory: dict[str, list[float]] = {}
     waits: list[float] = []
-    samples = 0
     end = time.monotonic() + seconds
     with httpx.Client(timeout=60) as http:
         while time.monotonic() < end:
             began = time.monotonic()
             http.get(f"{url}/metrics").raise_for_status()
             waits.append(time.monotonic() - began)
-            if len(waits) % WAITS_A_SAMPLE == 0:
-                for process in psutil.Process(pid).children(recursive=True):
-                    if process.pid != os.getpid():
-                        series = memory.setdefault(f"{process.name()} {process.pid}", [])
-                        series += [0.0] * (samples - len(series))
-                        series.append(round(_unique_memory(process) / 2**20, 1))
-                samples += 1
             time.sleep(METRICS_SECONDS)
-    # 0 before a process came and after it went.
-    return {name: series + [0.0] * (samples - len(series)) for name, series in memory.items()}, waits
+    return waits
 
 
-def _unique_memory(process: psutil.Process) -> int:
-    """Bytes that only this process has."""
-    try:
-        return int(process.memory_full_info().uss)
-    except psutil.Error:
-        return 0
-
-
-async def _load(soak: Soak, server: Server, tokens: int) -> None:
-    seconds = soak.warm_up + soak.seconds
+async def _load(soak: Soak, server: Server, seconds: float, tokens: int) -> list[float]:
+    """Keeps all clients asking; what `_watch` says of it."""
     end = time.monotonic() + seconds
     # A connection used again may be one that the server is closing.
     http = httpx.AsyncClient(
@@ -171,18 +156,11 @@ async def _load(soak: Soak, server: Server, tokens: int) -> None:
     api = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
-            watch = asyncio.get_running_loop().run_in_executor(own, _watch, server.url, os.getpid(), seconds)
+            watch = asyncio.get_running_loop().run_in_executor(own, _watch, server.url, seconds)
             await asyncio.gather(*(_client(soak, api, number, end, tokens) for number in range(soak.clients)))
-            memory, waits = await watch
+            return await watch
     finally:
         await api.close()
-    soak.memory = memory
-    total = [sum(sample) for sample in zip(*memory.values(), strict=True)]
-    warm = total[int(soak.warm_up / seconds * len(total)) :]
-    tenth = max(1, len(warm) // 10)
-    soak.memory_after_warm_up = statistics.median(warm[:tenth])
-    soak.memory_at_end = statistics.median(warm[-tenth:])
-    soak.metrics_p99 = float(np.percentile(waits, 99))
 
 
 def _figures(server: Server) -> dict[str, float]:
@@ -190,8 +168,8 @@ def _figures(server: Server) -> dict[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples}
 
 
-def _settle(soak: Soak, server: Server) -> None:
-    """Waits until nothing is left, and notes what is."""
+def _settle(soak: Soak, server: Server) -> dict[str, float]:
+    """Waits until nothing is left, or notes what is; MiB that each process then has for itself."""
     deadline = time.monotonic() + EMPTY_SECONDS
     while True:
         figures = _figures(server)
@@ -199,9 +177,14 @@ def _settle(soak: Soak, server: Server) -> None:
         if not left or time.monotonic() > deadline:
             break
         time.sleep(1)
-    soak.left_over = left
+    soak.left_over |= left
     soak.preemptions = int(figures["vllm:num_preemptions_total"])
     soak.compressed = int(figures.get("hybridkv_requests_compressed_total", 0))
+    time.sleep(REST_SECONDS)
+    return {
+        f"{process.name()} {process.pid}": round(process.memory_full_info().uss / 2**20, 1)
+        for process in psutil.Process().children(recursive=True)
+    }
 
 
 def main() -> int:
@@ -212,7 +195,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(model_folder()), help="folder or name")
     parser.add_argument("--stock", action="store_true", help="stock vLLM, without the plugin")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--warm-up", type=float, default=240, metavar="SECONDS", help="of load, first")
+    parser.add_argument("--warm-up", type=float, default=120, metavar="SECONDS", help="of load, first")
     parser.add_argument("--seconds", type=float, default=300, help="of load after the warm-up")
     parser.add_argument("--answer-tokens", type=int, default=24)
     parser.add_argument("--blocks", type=int, default=1024, help="of the KV cache, so that it is short")
@@ -233,7 +216,7 @@ def main() -> int:
         # vLLM's CPU attention wants blocks of 32.
         given |= {"block-size": 32, "num-gpu-blocks-override": args.blocks // 2}
     else:
-        given |= {"attention-backend": "hybridkv"}
+        given |= {"attention-backend": "hybridkv", "additional-config.hybridkv.host_pool_gib": HOST_POOL_GIB}
     arguments = [part for option, value in given.items() for part in (f"--{option}", str(value))]
     log = args.log or Path(tempfile.mkdtemp(prefix="hybridkv-soak-")) / "server.log"
     soak = Soak(
@@ -244,14 +227,17 @@ def main() -> int:
         seconds=args.seconds,
     )
     try:
-        plugins = {"VLLM_PLUGINS": ""} if args.stock else {}
-        with serve(args.model, arguments, log, environment=plugins, timeout=900) as server:
-            asyncio.run(_load(soak, server, args.answer_tokens))
-            _settle(soak, server)
+        variables = MALLOC | ({"VLLM_PLUGINS": ""} if args.stock else {})
+        with serve(args.model, arguments, log, environment=variables, timeout=900) as server:
+            asyncio.run(_load(soak, server, soak.warm_up, args.answer_tokens))
+            soak.memory_after_warm_up = _settle(soak, server)
+            waits = asyncio.run(_load(soak, server, soak.seconds, args.answer_tokens))
+            soak.memory_at_end = _settle(soak, server)
+            soak.metrics_p99 = float(np.percentile(waits, 99))
     except (ServerFailed, httpx.HTTPError) as error:
         print(f"soak.py: {error}", file=sys.stderr)
         return 1
-    Console().print(soak.model_dump(exclude={"environment", "memory"}))
+    Console().print(soak.model_dump(exclude={"environment"}))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(soak.model_dump_json(indent=1) + "\n")
