@@ -204,6 +204,8 @@ def main() -> int:
     args = parser.parse_args()
     given = {
         "served-model-name": NAME,
+        # In bf16 oneDNN keeps machine code for each shape of a product: prompts of any length have new ones.
+        "dtype": "float32",
         "max-model-len": 4096,
         "max-num-seqs": args.clients,
         "max-num-batched-tokens": 2048,

@@ -126,7 +126,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shell(environment: Path) -> dict[str, str]:
     """Variables of a user's shell in which the environment is active."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # What tests in this process, and engines of theirs, have set for themselves.
+    own = ("PYTHONPATH", "VLLM_LOGGING_LEVEL", "VLLM_ENABLE_V1_MULTIPROCESSING", "HYBRIDKV_METRICS_DIR")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     return {**inherited, "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
