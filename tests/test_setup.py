@@ -49,14 +49,19 @@ def test_an_unsupported_platform_names_the_supported_one(
     assert "use Linux on x86_64" in refusal(setup_env)
 
 
+def begin_set_up(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As `setup_env.py FOLDER` finds it on a machine without a GPU: an environment, and nothing in it."""
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(folder)])
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").touch()
+
+
 def test_a_finished_set_up_is_left_alone(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The stamp holds what was installed; anything else installs again."""
-    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path)])
-    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").touch()
+    begin_set_up(setup_env, monkeypatch, tmp_path)
     installed: list[str] = []
     monkeypatch.setattr(setup_env.Environment, "install_cpu", lambda self: installed.append("cpu"))
     setup_env.main()
@@ -70,10 +75,7 @@ def test_a_finished_set_up_is_left_alone(
 def test_two_set_ups_at_once_install_once(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path)])
-    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").touch()
+    begin_set_up(setup_env, monkeypatch, tmp_path)
     installed: list[str] = []
 
     def install(environment: object) -> None:

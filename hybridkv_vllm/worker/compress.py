@@ -163,7 +163,7 @@ class PrefillEnd:
             recalls=tables.recall is not None and plan.recalls,
             store_end=None if recall is None else recall.store_end,
             timer=self._timer,
-            chunks_before=None if tables.recall is None else tables.recall.work.counters[self._slot].clone(),
+            chunks_before=None if recall is None else recall.chunks_so_far(),
         )
 
 

@@ -219,6 +219,10 @@ class RecallBeginning:
         """What the policy allocates for, once all layers have been taken."""
         return Recall(torch.cat(self._heads), self._landmark_pages, self._least_pages, self._most_heads)
 
+    def chunks_so_far(self) -> Tensor:
+        """What the slot's counters hold, `[2]` int64: earlier requests have counted there too."""
+        return self._state.work.counters[self._slot].clone()
+
     def finish(
         self,
         recalled: Tensor,
