@@ -78,6 +78,7 @@ def make_scene(rows: int, chunks: int, hot: int, device: torch.device) -> Scene:
         (heads * chunks).expand(rows, 1, -1).contiguous(),
         torch.arange(rows * store_blocks, dtype=torch.int32, device=device).view(rows, -1),
         torch.full((rows,), chunks * PAGE, dtype=torch.int32, device=device),
+        torch.full((rows,), chunks * PAGE, dtype=torch.int32, device=device),
     )
     tier = HostTier.create(num_bytes, HEAD_SIZE, DTYPE, device)
     slots = torch.arange(rows, dtype=torch.int32, device=device)
@@ -142,7 +143,7 @@ def measure_gather(scene: Scene, misses: int, repeats: int) -> dict[str, float]:
     """`misses` chunks for each head from the host, against one pinned copy of the same bytes."""
     device = scene.pool.device
     rows = len(scene.row_slot)
-    work = RecallWork.create(rows, KV_HEADS, QUERY_HEADS, HEAD_SIZE, scene.chunks, rows, device)
+    work = RecallWork.create(rows, KV_HEADS, QUERY_HEADS, None, scene.chunks, rows, device)
     items = rows * KV_HEADS
     wanted = torch.stack([torch.randperm(scene.chunks)[:misses].sort().values for _ in range(items)])
     work.missing[:, :misses] = wanted.int().to(device)

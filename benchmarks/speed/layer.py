@@ -242,6 +242,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         chunk_first.to(device),
         torch.arange(case.batch * store_blocks, dtype=torch.int32, device=device).view(case.batch, -1),
         prompt_len,
+        prompt_len,
     )
     zeros = torch.zeros_like(extents).to(device)
     store, owner = None, None
@@ -258,7 +259,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         DecodePlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
         recall,
         landmarks,
-        RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, HEAD_SIZE, case.chunks, case.batch, device),
+        RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, landmarks, case.chunks, case.batch, device),
         store,
         owner,
     )

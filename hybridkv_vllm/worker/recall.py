@@ -85,9 +85,10 @@ class RecallState:
             ),
             store_blocks=torch.zeros(slots, columns, dtype=torch.int32, device=device),
             prompt_len=torch.zeros(slots, dtype=torch.int32, device=device),
+            position_end=torch.zeros(slots, dtype=torch.int32, device=device),
         )
         work = RecallWork.create(
-            max_rows, shape.num_kv_heads, shape.num_query_heads, shape.head_size, max_chunks, slots, device
+            max_rows, shape.num_kv_heads, shape.num_query_heads, landmarks, max_chunks, slots, device
         )
         stream = torch.cuda.Stream(device) if device.type == "cuda" and tier is not None else None
         return cls(tables, work, landmarks, tier, options, backend, read_positions, stream)
@@ -168,6 +169,7 @@ class RecallBeginning:
         self._next_chunk = torch.zeros((), dtype=torch.int32, device=device)
         self.reservation: Reservation | None = None
         state.tables.prompt_len[slot].fill_(plan.num_tokens)
+        state.tables.position_end[slot].fill_(plan.num_tokens)
         if state.tier is not None:
             wanted = shape.num_layers * shape.num_kv_heads * self._chunks
             self.reservation = state.tier.reserve(slot, wanted)
@@ -251,6 +253,7 @@ class RecallBeginning:
         if state.landmarks.layout.position_axes:
             assert state.read_positions is not None
             positions = state.read_positions(self._slot, dest.shape[-1]).to(torch.int32).contiguous()
+            state.tables.position_end[self._slot].copy_(positions.max() + 1)
         landmark_build(
             pool,
             blocks,

@@ -88,8 +88,9 @@ FLOAT_POINTERS = {
     "row_weight",
     "partial_out",
     "partial_lse",
-    "rotated",
     "rotation",
+    "terms",
+    "waves",
 }
 INDEX_POINTERS = {
     "arena",
@@ -103,16 +104,17 @@ INDEX_POINTERS = {
     "missing",
     "num_missing",
     "offsets",
+    "position_end",
     "positions",
     "prompt_len",
     "row_len",
     "row_slot",
     "source_blocks",
-    "split_pages",
     "store_blocks",
     "tail_start",
     "work",
 }
+BYTE_POINTERS = {"digits"}
 LONG_POINTERS = {"counters", "slot_mapping"}
 FLOAT_SCALARS = {"scale_log2", "vote_log2"}
 POINTER_ALIGNMENT = 16
@@ -212,12 +214,13 @@ def _landmark_kernels(
         rope = (("ROPE", True), ("NEOX", is_neox), ("AXES", axes), ("ROTARY", head_size))
         for sketch in sketches:
             layout = LandmarkLayout(sketch, head_size, dtype.itemsize, axes if axes > 1 else 0)
-            options = chunk_score.fused.sketch_options(*heads, group, layout, rope, dtype)
+            options = chunk_score.fused.sketch_options(*heads, group, layout, rope)
+            prepare = chunk_score.fused.prepare_options(*heads, group, layout, rope, dtype)
             yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout, rope)
+            yield score, "prepare_kernel", prepare
             yield score, "sketch_kernel", options
         # To these the other kind of sketch differs in numbers only.
         yield build, "centre_kernel", landmark_build.fused.centre_options(*heads, layout, rope)
-        yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout, rope)
 
 
 def package_kernels() -> set[tuple[str, str]]:
@@ -253,6 +256,8 @@ def _argument_type(name: str, dtype: torch.dtype) -> str:
         return "*fp32"
     if name in INDEX_POINTERS:
         return "*i32"
+    if name in BYTE_POINTERS:
+        return "*i8"
     if name in LONG_POINTERS:
         return "*i64"
     return "fp32" if name in FLOAT_SCALARS else "i32"

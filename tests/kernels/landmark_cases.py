@@ -73,9 +73,9 @@ class RecallCase:
         chunks = max(keys.shape[2] for keys in self.keys) // PAGE
         heads = self.decode.num_kv_heads
         work = RecallWork.create(
-            rows, heads, heads * group, self.landmarks.layout.head_size, chunks + 1, rows, self.pool.device
+            rows, heads, heads * group, self.landmarks, chunks + 1, rows, self.pool.device
         )
-        for buffer in (work.log_weight, work.rotated, work.harmonics):
+        for buffer in (work.log_weight, work.terms, work.harmonics, work.waves):
             buffer.fill_(math.nan)
         return work
 
@@ -166,8 +166,10 @@ def recall_case(
     decode = DecodeTables(
         extents, arena, torch.tensor([n * PAGE for n in counts], dtype=torch.int32, device=device), blocks
     )
-    recall = RecallTables(chunk_first, store_blocks, torch.tensor(prompts, dtype=torch.int32, device=device))
     axes = rope.num_axes if rope is not None else 1
+    ends = [int(picture_positions(n * PAGE, axes, torch.device("cpu")).max()) + 1 for n in counts]
+    prompt_len, position_end = torch.tensor([prompts, ends], dtype=torch.int32, device=device)
+    recall = RecallTables(chunk_first, store_blocks, prompt_len, position_end)
     case = RecallCase(pool, decode, recall, landmarks, [], [], [], [], store)
     for slot, n in enumerate(counts):
         tokens = n * PAGE

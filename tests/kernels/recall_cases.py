@@ -133,11 +133,10 @@ def recall_case(
         torch.full((slots, layers, heads), -1, dtype=torch.int32, device=device),
         store_ids.to(device),
         index(prompt_lens, device),
+        index(prompt_lens, device),
     )
     # Longer than any prompt, and not a round number.
-    work = RecallWork.create(
-        len(rows) + 1, heads, heads * group, layout.head_size, max(num_chunks) + 3, slots, device
-    )
+    work = RecallWork.create(len(rows) + 1, heads, heads * group, None, max(num_chunks) + 3, slots, device)
     # Would be chosen, and NaN would not.
     work.log_weight.fill_(1e30)
     for tensor in (work.num_missing, work.missing, work.freed):

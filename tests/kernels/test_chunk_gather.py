@@ -148,9 +148,12 @@ def test_pages_past_two_billion_elements(backend: Backend, with_store: bool, dev
         index([last + 2, last + 2, last + 3], device)[None],
     )
     recall = RecallTables(
-        index([7], device).view(1, 1, 1), index([pages // STORE_BLOCK - 1], device)[None], index([48], device)
+        index([7], device).view(1, 1, 1),
+        index([pages // STORE_BLOCK - 1], device)[None],
+        index([48], device),
+        index([48], device),
     )
-    work = RecallWork.create(1, 1, 1, 64, 3, 1, device)
+    work = RecallWork.create(1, 1, 1, None, 3, 1, device)
     work.num_missing[0], work.missing[0, 0] = 1, 2
     chunk_gather(pool, store, index([0], device), decode, recall, 0, layout, work, backend)
     assert torch.equal(pool[arena[1]], page)
@@ -171,6 +174,6 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     case.store = store
     with pytest.raises(ValueError, match="layer -1"):
         gather(case, -1, "torch")
-    case.work = RecallWork.create(5, 3, 3, 64, 70, len(case.prompt_lens), device)
+    case.work = RecallWork.create(5, 3, 3, None, 70, len(case.prompt_lens), device)
     with pytest.raises(ValueError, match="more than the buffers"):
         gather(case, 0, "torch")

@@ -48,9 +48,7 @@ def test_covers_every_page_once(
             for head in range(HEADS):
                 extent = int(extents[slot, layer, head, 1])
                 pages.append(-(-extent // PAGE) - (-tail // PAGE) if slot >= 0 else 0)
-        share = int(plan.split_pages[layer])
-        assert share % SPLIT_GRANULE == 0
-        assert share >= max(min_pages, -(-sum(pages) // target))
+        most = -(-max(min_pages, -(-sum(pages) // target)) // SPLIT_GRANULE) * SPLIT_GRANULE
 
         offsets = plan.offsets[layer, : items + 1].tolist()
         total = offsets[-1]
@@ -61,8 +59,14 @@ def test_covers_every_page_once(
         covered: list[list[int]] = [[] for _ in range(items)]
         for program, item in enumerate(plan.work[layer, :total].tolist()):
             assert offsets[item] <= program < offsets[item + 1]
+            # As the decode kernel does.
+            splits = offsets[item + 1] - offsets[item]
+            share = -(-pages[item] // splits // SPLIT_GRANULE) * SPLIT_GRANULE
             begin = (program - offsets[item]) * share
-            covered[item].extend(range(begin, min(begin + share, pages[item])))
+            part = range(begin, min(begin + share, pages[item]))
+            assert len(part) <= most
+            assert len(part) or not pages[item]
+            covered[item].extend(part)
         assert covered == [list(range(count)) for count in pages]
         # Whoever sees nothing still has somebody to write its zeros, and no one else has idle splits.
-        assert all(offsets[i + 1] - offsets[i] == max(-(-pages[i] // share), 1) for i in range(items))
+        assert all(offsets[i + 1] - offsets[i] == max(-(-pages[i] // most), 1) for i in range(items))

@@ -7,6 +7,7 @@ import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.extent_decode import DecodePlan, DecodeTables, extent_decode
 from hybridkv_kernels.extent_decode import plan as planning
+from hybridkv_kernels.extent_decode import triton as fused
 from kernel_cases import DecodeCase, assert_close, decode_case, ragged_case
 from torch import Tensor
 
@@ -85,10 +86,13 @@ def test_any_split_gives_the_same(target_programs: int, min_pages: int, device: 
 
 def test_a_split_may_end_within_a_tile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ragged_case(2, 64, torch.float16, device)
-    monkeypatch.setattr(planning, "SPLIT_GRANULE", 1)
-    monkeypatch.setattr(planning, "launch_options", planning.launch_options.__wrapped__)
+    whole_tiles = make_plan(case, target_programs=60, min_pages=3)
+    for module in (planning, fused):
+        monkeypatch.setattr(module, "SPLIT_GRANULE", 1)
+        monkeypatch.setattr(module, "launch_options", module.launch_options.__wrapped__)
     plan = make_plan(case, target_programs=60, min_pages=3)
-    assert plan.split_pages[0] == 3
+    items = len(case.row_slot) * case.tables.num_kv_heads
+    assert plan.offsets[0, items] > whole_tiles.offsets[0, items]
     assert_close(decode(case, 0, "triton", plan), case.dense(0), torch.float16)
 
 
@@ -106,11 +110,11 @@ def test_padding_and_blind_rows_are_zero(backend: Backend, device: torch.device)
 def test_a_plan_is_updated_in_place_for_another_step(device: torch.device) -> None:
     case = ragged_case(2, 64, torch.float32, device)
     plan = make_plan(case)
-    pointers = [tensor.data_ptr() for tensor in (plan.offsets, plan.work, plan.split_pages)]
+    pointers = [tensor.data_ptr() for tensor in (plan.offsets, plan.work)]
     case.row_slot[0], case.row_len[0] = 3, 48
     case.row_slot, case.row_len, case.query = case.row_slot[:5], case.row_len[:5], case.query[:5]
     plan.update(case.row_slot, case.row_len, case.tables)
-    assert pointers == [tensor.data_ptr() for tensor in (plan.offsets, plan.work, plan.split_pages)]
+    assert pointers == [tensor.data_ptr() for tensor in (plan.offsets, plan.work)]
     assert_close(decode(case, 1, "triton", plan), case.dense(1), torch.float32)
 
 

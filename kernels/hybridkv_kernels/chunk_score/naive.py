@@ -51,11 +51,12 @@ def _sketch_logits(
     assert landmarks.rotation is not None
     inside = slice(layout.reserved, layout.reserved + chunks)
     packed = field(pool, pages, layout, 0, layout.data_bytes)[:, inside]
-    packed = packed.reshape(len(pages), chunks * PAGE, layout.sketch_bits, 1, -1)
-    bits = packed >> torch.arange(8, dtype=torch.uint8, device=pool.device)[:, None] & 1
-    # The high bit comes first; codes stand for odd levels around zero.
-    code = bits[:, :, 0] if layout.sketch_bits == 1 else 2 * bits[:, :, 0] + bits[:, :, 1]
-    levels = code.flatten(2).float() * 2 - (2**layout.sketch_bits - 1)
+    packed = packed.reshape(len(pages), chunks * PAGE, 1, layout.span)
+    bits = layout.sketch_bits
+    shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=pool.device)
+    # Codes stand for odd levels around zero.
+    code = packed >> shift[:, None] & (2**bits - 1)
+    levels = code.flatten(2).float() * 2 - (2**bits - 1)
     raw = field(pool, pages, layout, layout.scale_offset, layout.scale_bytes)[:, inside]
     scales = raw.contiguous().view(torch.float16).flatten(1).float()
     rotated = queries @ landmarks.rotation

@@ -15,6 +15,19 @@ from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
 
+@triton.jit
+def raise_threshold(
+    key: tl.tensor, threshold: tl.tensor, wanted: tl.tensor, shift: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """The threshold with its BITS bits from `shift` on set so high that `wanted` keys still reach it."""
+    digit = tl.arange(0, 2**BITS)
+    candidate = threshold | (digit << shift)
+    reach = tl.sum((key[None, :] >= candidate[:, None]).to(tl.int32), axis=1)
+    # The first digit is 0, which costs nothing.
+    fits = (reach >= wanted) | (digit == 0)
+    return threshold | ((tl.sum(fits.to(tl.int32), axis=0) - 1) << shift)
+
+
 @triton.jit(do_not_specialize=["layer", "interval", "pin_first", "pin_recent", "stride_chunks"])
 def chunk_select_kernel(
     pool: tl.tensor,
@@ -45,8 +58,9 @@ def chunk_select_kernel(
     SLOT_INT: tl.constexpr,
     TILE: tl.constexpr,
     PART: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ) -> None:
-    """Choose the hot chunks of item `program_id(0)`: the key of the last one is found bit by bit."""
+    """Choose the hot chunks of item `program_id(0)`: the key of the last one is found digit by digit."""
     item = tl.program_id(0)
     slot, chunks, hot_slots, landmarks, _ = recalling_head(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
@@ -61,16 +75,18 @@ def chunk_select_kernel(
 
     share = tl.full((TILE,), float("-inf"), tl.float32)
     # Not unrolled: the loads of all members would come first, and fill the registers.
-    for member in range(GROUP):
+    for first in range(0, GROUP, MEMBERS):
+        member = first + tl.arange(0, MEMBERS)
         member_weights = log_weight + (item.to(tl.int64) * GROUP + member) * stride_chunks
-        weight = tl.load(member_weights + chunk, mask=valid, other=float("-inf"))
+        inside = (member < GROUP)[:, None] & valid[None, :]
+        weight = tl.load(member_weights[:, None] + chunk[None, :], mask=inside, other=float("-inf"))
         # NaN fails the comparison too.
         weight = tl.where(weight < float("inf"), weight, float("-inf"))
-        best = tl.max(weight, axis=0)
+        best = tl.max(weight, axis=1)
         best = tl.where(best == float("-inf"), 0.0, best)
         # At least 1, the best chunk's own, unless no chunk has a weight.
-        total = tl.maximum(tl.sum(tl.exp2(weight - best), axis=0), 1.0)
-        share = tl.maximum(share, weight - (best + tl.log2(total)))
+        total = tl.maximum(tl.sum(tl.exp2(weight - best[:, None]), axis=1), 1.0)
+        share = tl.maximum(share, tl.max(weight - (best + tl.log2(total))[:, None], axis=0))
 
     # The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
     # No share is above 0, except where log2, an approximation, makes it so.
@@ -78,10 +94,10 @@ def chunk_select_kernel(
     key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
     key = tl.where(valid, key, -1)
     threshold = tl.full((), 0, tl.int32)
-    for bit in range(31):
-        candidate = threshold | (1 << (30 - bit))
-        reach = tl.sum((key >= candidate).to(tl.int32), axis=0)
-        threshold = tl.where(reach >= hot_slots, candidate, threshold)
+    # Each digit waits for the one before: three bits at a time take a third of the waits.
+    for digit in range(10):
+        threshold = raise_threshold(key, threshold, hot_slots, 28 - 3 * digit, 3)
+    threshold = raise_threshold(key, threshold, hot_slots, 0, 1)
     room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
 
     # The rest goes part by part, as the registers have no room for all. Until then the keys wait where the
@@ -139,6 +155,8 @@ def launch_options(
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,
         "PART": min(tile, num_warps * 128),
+        # 64 weights a thread, at most.
+        "MEMBERS": min(next_power_of_2(group), max(64 * 32 * num_warps // tile, 1)),
     }
     return LaunchOptions(constexprs, num_warps=num_warps, num_stages=1)
 

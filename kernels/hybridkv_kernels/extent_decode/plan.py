@@ -18,7 +18,7 @@ SPLIT_GRANULE = 4
 # Without a GPU there is nothing to fill; a few programs exercise the same code.
 CPU_TARGET_PROGRAMS = 16
 # As many as fit on a multiprocessor at once (shared memory, D = 128), so that equal splits make one wave.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
 @triton.jit(do_not_specialize=["items", "target_programs", "min_pages"])
@@ -29,7 +29,6 @@ def plan_kernel(
     tail_start: tl.tensor,
     offsets: tl.tensor,
     work: tl.tensor,
-    split_pages: tl.tensor,
     items: tl.tensor,
     target_programs: tl.tensor,
     min_pages: tl.tensor,
@@ -52,7 +51,6 @@ def plan_kernel(
         pages_seen += tl.cdiv(extent, PAGE) + tl.cdiv(tail, PAGE)
     share = tl.maximum(tl.cdiv(tl.sum(pages_seen, axis=0), target_programs), min_pages)
     share = tl.cdiv(share, GRANULE) * GRANULE
-    tl.store(split_pages + layer, share)
 
     layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
     layer_work = work + layer.to(tl.int64) * stride_work
@@ -91,13 +89,12 @@ class DecodePlan:
     """Device buffers that live as long as the model: the work list of each layer, and the partial results.
 
     Item `row*H + head` of a layer has splits `offsets[layer, item] .. offsets[layer, item+1]-1`. Split i is
-    done by program i, which finds its item in `work[layer, i]` and takes the `split_pages[layer]` pages that
-    are its turn. There are never more than `rows*H + target_programs` splits.
+    done by program i, which finds its item in `work[layer, i]` and takes an equal part of its pages. There
+    are never more than `rows*H + target_programs` splits.
 
     Attributes:
         offsets: [L, max_rows*H + 1] int32, exclusive prefix sums of the splits per item, then the total.
         work: [L, max_rows*H + target_programs] int32, the item of each split; stale past the total.
-        split_pages: [L] int32, pages per split.
         partial_out: [max_rows*H + target_programs, G, D] fp32, attention within one split.
         partial_lse: [max_rows*H + target_programs, G] fp32, log2 of the split's sum of exp2.
         target_programs: splits to aim at over all rows and heads of a layer.
@@ -107,7 +104,6 @@ class DecodePlan:
 
     offsets: Tensor
     work: Tensor
-    split_pages: Tensor
     partial_out: Tensor
     partial_lse: Tensor
     num_kv_heads: int
@@ -136,7 +132,7 @@ class DecodePlan:
             num_q_heads: Hq = G*H.
             head_size: D.
             device: where the pool is.
-            target_programs: splits to aim at per layer; by default 2 for each multiprocessor of the device.
+            target_programs: splits to aim at per layer; by default 3 for each multiprocessor of the device.
             min_pages: least pages of a split, at least 1.
 
         Raises:
@@ -156,7 +152,6 @@ class DecodePlan:
         return cls(
             offsets=torch.zeros((num_layers, items + 1), dtype=torch.int32, device=device),
             work=torch.zeros((num_layers, entries), dtype=torch.int32, device=device),
-            split_pages=torch.ones(num_layers, dtype=torch.int32, device=device),
             partial_out=torch.zeros((entries, group, head_size), dtype=torch.float32, device=device),
             partial_lse=torch.zeros((entries, group), dtype=torch.float32, device=device),
             num_kv_heads=num_kv_heads,
@@ -203,7 +198,6 @@ class DecodePlan:
             tables.tail_start,
             self.offsets,
             self.work,
-            self.split_pages,
             rows * self.num_kv_heads,
             self.target_programs,
             self.min_pages,

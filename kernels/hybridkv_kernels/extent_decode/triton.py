@@ -11,7 +11,7 @@ from torch import Tensor
 from ..launch import LaunchOptions, next_power_of_2, widen_dots
 from ..pages import PAGE
 from .paging import head_lengths
-from .plan import DecodePlan
+from .plan import SPLIT_GRANULE, DecodePlan
 from .tables import DecodeTables
 
 
@@ -28,7 +28,6 @@ def decode_kernel(
     blocks: tl.tensor,
     offsets: tl.tensor,
     work: tl.tensor,
-    split_pages: tl.tensor,
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
     items: tl.tensor,
@@ -50,6 +49,7 @@ def decode_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TILE_PAGES: tl.constexpr,
+    GRANULE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
@@ -69,9 +69,11 @@ def decode_kernel(
         row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
     )
     extent_pages = tl.cdiv(extent_len, PAGE)
-    share = tl.load(split_pages + layer)
+    pages = extent_pages + tl.cdiv(tail_len, PAGE)
+    # Whole granules, of which the plan left enough for every split.
+    share = tl.cdiv(tl.cdiv(pages, num_splits), GRANULE) * GRANULE
     begin = (program - first_split) * share
-    end = tl.minimum(begin + share, extent_pages + tl.cdiv(tail_len, PAGE))
+    end = tl.minimum(begin + share, pages)
     arena_row = arena + slot.to(tl.int64) * stride_arena
     tail_row = blocks + slot.to(tl.int64) * stride_blocks + start // PAGE
 
@@ -201,12 +203,14 @@ def launch_options(
         "HEAD_PAD": head_pad,
         # 16 KiB of K and as much of V per stage, or less.
         "TILE_PAGES": max(4 * 128 * 2 // (max(head_pad, 128) * dtype.itemsize), 1),
+        "GRANULE": SPLIT_GRANULE,
         "PRECISION": "ieee" if full else "tf32",
         "WIDEN": widen_dots(dtype),
     }
-    # fp32 has no tensor cores and holds its operands in registers: twice the threads, or it spills. Page
-    # numbers are loaded ahead of K and V, so 5 stages keep two tiles of each in flight.
-    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=3 if full else 5)
+    # fp32 has no tensor cores and holds its operands in registers: four times the threads, or it spills. In
+    # 16 bits two warps and four stages, of three programs a multiprocessor, came nearest to the bandwidth of
+    # an H200 (Triton 3.6).
+    return LaunchOptions(constexprs, num_warps=8 if full else 2, num_stages=3 if full else 4)
 
 
 @functools.cache
@@ -251,7 +255,6 @@ def extent_decode(
         tables.blocks,
         plan.offsets,
         plan.work,
-        plan.split_pages,
         plan.partial_out,
         plan.partial_lse,
         items,

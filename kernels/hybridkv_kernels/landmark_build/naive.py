@@ -85,21 +85,19 @@ def _describe(
     size = rest.abs()
     positive = rest > 0
     if landmarks.layout.sketch_bits == 1:
-        bits = positive[:, None]
+        code = positive.int()
         product = size.sum(-1)
     else:
-        # Codes 0 to 3 stand for the levels -3, -1, 1 and 3: above zero the low bit is set for the larger.
+        # Codes 0 to 3 stand for the levels -3, -1, 1 and 3.
         larger = size > size.mean(-1, keepdim=True)
-        bits = torch.stack((positive, larger == positive), dim=1)
+        code = 2 * positive + (larger == positive)
         product = (size * (1 + 2 * larger)).sum(-1)
     scale = (rest * rest).sum(-1) / product.clamp(min=torch.finfo(torch.float32).tiny)
     scale = scale.clamp(LEAST_SCALE, LARGEST_SCALE)
     scale = torch.where(centred, -scale, scale).half()
-    # The high bits, then the low ones, of each D/8 bytes. Dimension d is bit d // (D/8) of byte d % (D/8): a
-    # bit plane is then a run of dimensions.
-    planes = bits.unflatten(-1, (8, -1))
-    weights = (1 << torch.arange(8, device=keys.device))[:, None]
-    packed = (planes * weights).sum(-2).to(torch.uint8)
+    by_place = code.unflatten(-1, (-1, landmarks.layout.span))
+    shift = landmarks.layout.sketch_bits * torch.arange(by_place.shape[-2], device=keys.device)
+    packed = (by_place << shift[:, None]).sum(-2).to(torch.uint8)
     return packed.view(len(keys), -1), scale.view(len(keys), PAGE), centre
 
 

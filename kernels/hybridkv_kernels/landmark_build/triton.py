@@ -111,20 +111,20 @@ def centre_kernel(
 
 
 @triton.jit
-def rotated_plane(
+def rotated_span(
     rest: tl.tensor,
     rotation: tl.tensor,
     dim: tl.tensor,
     column: tl.tensor,
-    bit: tl.constexpr,
+    first: tl.constexpr,
+    SPAN: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """The D/8 rotated dimensions of `rest` that are bit `bit` of a sketch's bytes, zero beyond them."""
-    PLANE: tl.constexpr = HEAD_SIZE // 8
+    """The SPAN rotated dimensions of `rest` from `first` on, zero beyond them."""
     turn = tl.load(
-        rotation + dim[:, None] * HEAD_SIZE + bit * PLANE + column[None, :],
-        mask=(dim < HEAD_SIZE)[:, None] & (column < PLANE)[None, :],
+        rotation + dim[:, None] * HEAD_SIZE + first + column[None, :],
+        mask=(dim < HEAD_SIZE)[:, None] & (column < SPAN)[None, :],
         other=0.0,
     )
     return tl.dot(rest, turn, input_precision=PRECISION)
@@ -153,7 +153,7 @@ def landmark_kernel(
     BLOCK_PAGES: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    PLANE_PAD: tl.constexpr,
+    SPAN_PAD: tl.constexpr,
     PLACES: tl.constexpr,
     RESERVED: tl.constexpr,
     DATA_BYTES: tl.constexpr,
@@ -216,34 +216,33 @@ def landmark_kernel(
         rest = tl.where(mask, whole - around, 0.0)
         centred = tl.sum(rest * rest, axis=1) < tl.sum(whole * whole, axis=1)
         rest = tl.where(centred[:, None], rest, whole)
-        column = tl.arange(0, PLANE_PAD)
-        in_plane = column < HEAD_SIZE // 8
-        packed = tl.zeros((TILE_CHUNKS * PAGE, PLANE_PAD), tl.int32)
+        SPAN: tl.constexpr = HEAD_SIZE * BITS // 8
+        column = tl.arange(0, SPAN_PAD)
         squares = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
         total = tl.zeros((TILE_CHUNKS * PAGE,), tl.float32)
-        for bit in tl.static_range(8):
-            plane = rotated_plane(rest, rotation, dim, column, bit, HEAD_SIZE, PRECISION)
-            packed += tl.where(plane > 0, 1 << bit, 0)
-            squares += tl.sum(plane * plane, axis=1)
-            total += tl.sum(tl.abs(plane), axis=1)
+        packed = tl.zeros((TILE_CHUNKS * PAGE, SPAN_PAD), tl.int32)
+        for run in tl.static_range(8 // BITS):
+            part = rotated_span(rest, rotation, dim, column, run * SPAN, SPAN, HEAD_SIZE, PRECISION)
+            squares += tl.sum(part * part, axis=1)
+            total += tl.sum(tl.abs(part), axis=1)
+            if BITS == 1:
+                packed += tl.where(part > 0, 1 << run, 0)
+        product = total
+        if BITS == 2:
+            # The mean is known only now: rotating again takes less than holding every part.
+            mean = (total / HEAD_SIZE)[:, None]
+            for run in tl.static_range(4):
+                part = rotated_span(rest, rotation, dim, column, run * SPAN, SPAN, HEAD_SIZE, PRECISION)
+                larger = tl.abs(part) > mean
+                code = tl.where(part > 0, 2, 0) + tl.where(larger == (part > 0), 1, 0)
+                packed += code << (2 * run)
+                product += tl.sum(tl.where(larger, 2.0 * tl.abs(part), 0.0), axis=1)
         token_place = token // PAGE + RESERVED
         token_page = arena_page(arena_blocks, landmark + token_place // PLACES, live, BLOCK_PAGES)
         to = (pool + token_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
-        byte = (token_place % PLACES) * DATA_BYTES + token % PAGE * (HEAD_SIZE // 8 * BITS)
-        to_byte = (to + byte)[:, None] + column[None, :]
-        stored = live[:, None] & in_plane[None, :]
-        tl.store(to_byte, packed.to(tl.uint8), mask=stored)
-        product = total
-        if BITS == 2:
-            # The mean is known only now: rotating again takes less than holding every plane.
-            mean = (total / HEAD_SIZE)[:, None]
-            packed = tl.zeros((TILE_CHUNKS * PAGE, PLANE_PAD), tl.int32)
-            for bit in tl.static_range(8):
-                plane = rotated_plane(rest, rotation, dim, column, bit, HEAD_SIZE, PRECISION)
-                larger = tl.abs(plane) > mean
-                packed += tl.where(larger == (plane > 0), 1 << bit, 0)
-                product += tl.sum(tl.where(larger, 2.0 * tl.abs(plane), 0.0), axis=1)
-            tl.store(to_byte + HEAD_SIZE // 8, packed.to(tl.uint8), mask=stored)
+        byte = (token_place % PLACES) * DATA_BYTES + token % PAGE * SPAN
+        stored = live[:, None] & (column < SPAN)[None, :]
+        tl.store((to + byte)[:, None] + column[None, :], packed.to(tl.uint8), mask=stored)
         scale = tl.minimum(tl.maximum(squares / tl.maximum(product, 1e-38), LEAST_SCALE), LARGEST_SCALE)
         scale = tl.where(centred, -scale, scale)
         scales = (to + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
@@ -302,7 +301,7 @@ def launch_options(
         "BLOCK_PAGES": num_layers * num_kv_heads,
         "HEAD_SIZE": layout.head_size,
         "HEAD_PAD": head_pad,
-        "PLANE_PAD": max(next_power_of_2(layout.head_size // 8), 16),
+        "SPAN_PAD": max(next_power_of_2(layout.span), 16),
         "PLACES": layout.places,
         "RESERVED": layout.reserved,
         "DATA_BYTES": layout.data_bytes,

@@ -20,9 +20,9 @@ class LandmarkLayout:
     A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
     (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, negative where the centre was
     subtracted from the key, then the chunk's hot slot as int32 (-1 where it is not hot). A sketch's data is,
-    token by token, the high bits of all dimensions, then for two bits the low ones. Chunk c is at place
-    `reserved + c` of the head's pages; the data of the reserved places of the first page holds the centre,
-    D fp32.
+    token by token, `span` bytes: byte j has the codes of dimensions j, j + span, j + 2 * span and so on, the
+    first in its lowest bits. Chunk c is at place `reserved + c` of the head's pages; the data of the reserved
+    places of the first page holds the centre, D fp32.
 
     The positions of the prompt's tokens, int32, serve all heads and fill the arena's first logical pages,
     where they are not simply the tokens' indices: of each chunk 16 for each axis, whole chunks to a page.
@@ -58,10 +58,15 @@ class LandmarkLayout:
         return {"sketch": 1, "sketch2": 2}.get(self.kind, 0)
 
     @property
+    def span(self) -> int:
+        """Bytes of one token's sketch, and dimensions whose codes lie side by side."""
+        return self.head_size * self.sketch_bits // 8
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of one chunk's data field."""
         if self.sketch_bits:
-            return PAGE * self.head_size * self.sketch_bits // 8
+            return PAGE * self.span
         return self.head_size * self.itemsize * (2 if self.kind == "minmax" else 1)
 
     @property

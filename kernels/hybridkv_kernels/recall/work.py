@@ -5,7 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pages import group_size, require
+from ..pages import PAGE, group_size, require
+from .landmarks import Landmarks
+from .layout import LandmarkLayout
+
+# Bytes that waves may take at most: tokens at later positions take longer.
+WAVE_BYTES = 256 * 2**20
+# The least K of a tensor-core dot of bytes.
+LEAST_SPAN = 32
+
+
+def members(group: int) -> int:
+    """Rows that a query group takes in the buffers of sketches."""
+    return 8 if group <= 8 else 16
+
+
+def span_pad(layout: LandmarkLayout) -> int:
+    """Columns that a sketch's span takes there."""
+    return max(1 << max(layout.span - 1, 0).bit_length(), LEAST_SPAN)
 
 
 @dataclass(frozen=True)
@@ -22,8 +39,13 @@ class RecallWork:
         freed: [R*H, C] int32, the hot slot that each one goes to; stale past num_missing.
         counters: [S, 2] int64, of each slot the chosen chunks since the start that were hot already, and
             that were missing.
-        rotated: [R*H, G, D] fp32, the rotated queries (sketches).
-        harmonics: [R*H, G, 2*D] fp32, the query's product with the centre as cosine and sine weights.
+        digits: [R*H, 8/bits, 2, M, K] int8, for sketches the rotated queries in steps of their own: of each
+            run of dimensions that share a byte the high digits of M members, worth 256, then the low ones.
+        terms: [R*H, 3, M] fp32, of each member its step, the sum of its digits, and its product with what
+            does not turn of the centre.
+        harmonics: [R*H, R, M] fp32, the query's product with the turned centre as weights of R/2 cosines,
+            then of as many sines.
+        waves: [R*H, axes, P, M] fp32, the part of that product that each position on an axis has.
     """
 
     log_weight: Tensor
@@ -31,8 +53,10 @@ class RecallWork:
     missing: Tensor
     freed: Tensor
     counters: Tensor
-    rotated: Tensor
+    digits: Tensor
+    terms: Tensor
     harmonics: Tensor
+    waves: Tensor
 
     @classmethod
     def create(
@@ -40,22 +64,28 @@ class RecallWork:
         max_rows: int,
         num_kv_heads: int,
         num_q_heads: int,
-        head_size: int,
+        landmarks: Landmarks | None,
         max_chunks: int,
         slots: int,
         device: torch.device | str,
     ) -> "RecallWork":
-        """Allocate the buffers.
+        """Allocate the buffers; without `landmarks` none to score with.
 
         Raises:
             ValueError: for heads that do not divide, or a size that is not positive.
         """
         group = group_size(num_q_heads, num_kv_heads)
         require(
-            min(max_rows, max_chunks, slots, head_size) >= 1,
+            min(max_rows, max_chunks, slots) >= 1,
             "every size of the recall buffers must be positive",
         )
         items = max_rows * num_kv_heads
+        rows, runs, span, axes, rotary = members(group), 0, 0, 0, 0
+        if landmarks is not None and landmarks.layout.sketch_bits:
+            runs, span = 8 // landmarks.layout.sketch_bits, span_pad(landmarks.layout)
+        if landmarks is not None and landmarks.rope is not None:
+            axes, rotary = landmarks.rope.num_axes, landmarks.rope.rotary_size
+        positions = min(max_chunks * PAGE, WAVE_BYTES // max(4 * items * axes * rows, 1))
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -69,11 +99,18 @@ class RecallWork:
             missing=indices(items, max_chunks),
             freed=indices(items, max_chunks),
             counters=torch.zeros(slots, 2, dtype=torch.int64, device=device),
-            rotated=floats(items, group, head_size),
-            harmonics=floats(items, group, 2 * head_size),
+            digits=torch.zeros(items, runs, 2, rows, span, dtype=torch.int8, device=device),
+            terms=floats(items, 3, rows),
+            harmonics=floats(items, rotary, rows),
+            waves=floats(items, axes, positions, rows),
         )
 
     @property
     def max_chunks(self) -> int:
         """C."""
         return self.missing.shape[1]
+
+    @property
+    def wave_positions(self) -> int:
+        """P."""
+        return self.waves.shape[2]
