@@ -37,6 +37,8 @@ def milliseconds(
         return None
     if eager:
         return _median(lambda: [call() for call in calls]) / len(calls)
+    # What prepares the calls may still be under way on another stream.
+    torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for call in calls:
@@ -72,7 +74,7 @@ def copy_bandwidth(device: torch.device) -> float | None:
         return None
     source = torch.randn(COPY_BYTES // 8, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    # Launched, not replayed: in a graph the copy engine would do it, which is slower than the multiprocessors.
+    # Launched, not replayed: in a graph the copy engine does it, which is slower than the multiprocessors.
     time = milliseconds([lambda: target.copy_(source)], device, eager=True)
     return None if time is None else COPY_BYTES / time * 1e3
 

@@ -25,6 +25,8 @@ DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 # Hot chunks of a recalling head, where its share of the budget is no more than its landmarks.
 LEAST_HOT = 8
+# Tokens of a picture each way: prompts are of nothing but pictures.
+PICTURE = 32
 # Tokens generated so far are 1 to this many, so that rows' lengths differ.
 MOST_GENERATED = 16
 
@@ -177,6 +179,14 @@ def mrope(prompt: int, device: torch.device) -> Rope:
     return Rope(torch.cat((angle.cos(), angle.sin()), dim=-1), axis, len(MROPE_SECTION), is_neox=True)
 
 
+def picture_positions(prompt: int, device: torch.device) -> Tensor:
+    """`[3, prompt]` int32 M-RoPE positions of square pictures, each of which begins after the one before."""
+    token = torch.arange(prompt, dtype=torch.int32, device=device)
+    first = token // PICTURE**2 * PICTURE
+    inside = token % PICTURE**2
+    return torch.stack((first, first + inside // PICTURE, first + inside % PICTURE))
+
+
 def head_pages(case: Case, landmark_pages: int, position_pages: int) -> tuple[list[int], int]:
     """Pages of a request's pruned heads, the longest first, and hot chunks of each that recalls.
 
@@ -242,7 +252,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         chunk_first.to(device),
         torch.arange(case.batch * store_blocks, dtype=torch.int32, device=device).view(case.batch, -1),
         prompt_len,
-        prompt_len,
+        torch.full_like(prompt_len, int(picture_positions(case.prompt, device).max()) + 1),
     )
     zeros = torch.zeros_like(extents).to(device)
     store, owner = None, None
@@ -285,7 +295,7 @@ def source_pages(layer: Layer, row: int, head: int) -> Tensor:
 def _begin_recall(layer: Layer, hot: int) -> None:
     """Writes landmarks, fills the store and the hot slots, and lets the first step choose."""
     case, device = layer.case, layer.pool.device
-    positions = torch.arange(case.prompt, dtype=torch.int32, device=device).expand(3, -1).contiguous()
+    positions = picture_positions(case.prompt, device)
     for row in range(case.batch):
         dest = torch.full((1, KV_HEADS, case.prompt), -1, dtype=torch.int32, device=device)
         heads = (layer.recall.chunk_first[row, 0] >= 0).nonzero().flatten().tolist()

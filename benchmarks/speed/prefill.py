@@ -20,7 +20,17 @@ from hybridkv_kernels.recall.tables import STORE_BLOCK
 from hybridkv_kernels.window_scores import window_scores
 from torch import Tensor
 
-from speed.layer import DTYPE, HEAD_SIZE, KV_HEADS, QUERY_HEADS, SCALE, Case, CaseError, mrope
+from speed.layer import (
+    DTYPE,
+    HEAD_SIZE,
+    KV_HEADS,
+    QUERY_HEADS,
+    SCALE,
+    Case,
+    CaseError,
+    mrope,
+    picture_positions,
+)
 from speed.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -164,11 +174,6 @@ def make_prompt(case: Case, device: torch.device, seed: int) -> Prompt:
     return replace(prompt, extents=tables.decode.extents[0].clone(), dest=dest, chunk_first=first)
 
 
-def _positions(tokens: int, device: torch.device) -> Tensor:
-    """`[3, tokens]` int32, as of text."""
-    return torch.arange(tokens, dtype=torch.int32, device=device).expand(3, -1).contiguous()
-
-
 def _recall_state(case: Case, options: ServerOptions, layers: int, device: torch.device) -> RecallState:
     from hybridkv_vllm.worker.host_tier import HostTier
     from hybridkv_vllm.worker.recall import RecallState
@@ -184,7 +189,7 @@ def _recall_state(case: Case, options: ServerOptions, layers: int, device: torch
         options,
         Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device, mrope(case.prompt, device)),
         host,
-        lambda slot, tokens: _positions(tokens, device),
+        lambda slot, tokens: picture_positions(tokens, device),
         slots=1,
         max_rows=1,
         max_chunks=case.chunks,
@@ -270,7 +275,7 @@ def move(prompt: Prompt, backend: str) -> Prepared:
 def landmarks(prompt: Prompt, backend: str) -> Prepared:
     """The landmarks of all heads that recall."""
     recall = prompt.recall
-    positions = _positions(prompt.case.prompt, prompt.pool.device)
+    positions = picture_positions(prompt.case.prompt, prompt.pool.device)
     row = torch.zeros(1, dtype=torch.int32, device=prompt.pool.device)
 
     def run() -> None:

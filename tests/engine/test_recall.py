@@ -80,7 +80,7 @@ def check_positions(ours: Engine, tokens: int) -> None:
     assert tables.recall.landmarks.rope.num_axes == 3
     time, height, width = positions_of(
         slot, tokens // 16, tables.pool, tables.decode, tables.recall.landmarks.layout
-    )
+    ).cpu()
     in_picture = (time != height) | (time != width)
     first, last = in_picture.nonzero()[0], in_picture.nonzero()[-1]
     assert torch.equal(time[:first], torch.arange(int(first), dtype=torch.int32))

@@ -24,55 +24,169 @@ from ..recall.work import RecallWork, members, span_pad
 GROUP_PAD = 16
 # Positions of a tile of waves, and programs that share an item's tiles.
 WAVE_TILE = 64
-WAVE_PROGRAMS = 8
-# Chunks that one program scores, a tile after the other.
-PROGRAM_CHUNKS = 16
-# A query's digits: two signed bytes, the higher one times 256.
+WAVE_PROGRAMS = 16
+# Landmark pages that one program scores, and chunks of a tile.
+PROGRAM_PAGES = 2
+TILE_CHUNKS = 2
+# Most steps of a query's digits: two signed bytes, the higher one times 256.
 LARGEST_LEVEL = 32512
 
 
 @triton.jit
-def wave_weights(
+def rotate_run(
     heads: tl.tensor,
     centre: tl.tensor,
-    pair: tl.tensor,
-    in_group: tl.tensor,
+    rotation: tl.tensor,
+    digits: tl.tensor,
+    terms: tl.tensor,
+    member: tl.tensor,
+    run: tl.tensor,
     scale_log2: tl.tensor,
-    NEOX: tl.constexpr,
+    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PART: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPAN_PAD: tl.constexpr,
+    LARGEST_LEVEL: tl.constexpr,
     ROTARY: tl.constexpr,
-) -> tl.tensor:
-    """The cosine's and the sine's weight, [members, pairs] each, in a query's product with the turned centre.
+    FULL_PRECISION: tl.constexpr,
+) -> None:
+    """Write one run of the rotated queries as digits, their sum, and with the first run the other terms.
 
-    That product is, for each frequency, `a cos t + b sin t`.
+    No rotated dimension is larger than the query is long: so each run knows the step that all use.
     """
+    in_group = member < GROUP
+    column = tl.arange(0, SPAN_PAD)
+    in_span = column < SPAN
+    rotated = tl.zeros((member.shape[0], SPAN_PAD), tl.float32)
+    squares = tl.zeros((member.shape[0],), tl.float32)
+    still = tl.zeros((member.shape[0],), tl.float32)
+    for start in tl.static_range(0, HEAD_PAD, PART):
+        dim = start + tl.arange(0, PART)
+        known = in_group[:, None] & (dim < HEAD_SIZE)[None, :]
+        q = tl.load(heads + dim[None, :], mask=known, other=0.0).to(tl.float32) * scale_log2
+        turn = tl.load(
+            rotation + dim[:, None] * HEAD_SIZE + run * SPAN + column[None, :],
+            mask=(dim < HEAD_SIZE)[:, None] & in_span[None, :],
+            other=0.0,
+        )
+        rotated = tl.dot(q, turn, rotated, input_precision=FULL_PRECISION)
+        squares += tl.sum(q * q, axis=1)
+        own = tl.load(centre + dim, mask=(dim >= ROTARY) & (dim < HEAD_SIZE), other=0.0)
+        still += tl.sum(q * own[None, :], axis=1)
+    step = tl.maximum(tl.sqrt(squares), 1e-30) / LARGEST_LEVEL
+    scaled = rotated / step[:, None]
+    level = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
+    high = (level + 128) >> 8
+    written = member < MEMBERS
+    to = digits + (run * (2 * MEMBERS) + member)[:, None] * SPAN_PAD + column[None, :]
+    mask = written[:, None] & in_span[None, :]
+    tl.store(to, high.to(tl.int8), mask=mask)
+    tl.store(to + MEMBERS * SPAN_PAD, (level - 256 * high).to(tl.int8), mask=mask)
+    to_terms = terms + member
+    tl.store(to_terms + (2 + run) * MEMBERS, tl.sum(level, axis=1).to(tl.float32), mask=written)
+    first = written & (run == 0)
+    tl.store(to_terms, step, mask=first)
+    tl.store(to_terms + MEMBERS, still, mask=first)
+
+
+@triton.jit
+def wave_dot(
+    angle: tl.tensor,
+    high: tl.tensor,
+    low: tl.tensor,
+    sums: tl.tensor,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:
+    """`sums` and the product of angles, exact in their type, with fp32 weights: two parts with SPLIT."""
+    if SPLIT:
+        if WIDEN:
+            angle, high, low = angle.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
+        sums = tl.dot(angle, tl.trans(low), sums, input_precision=PRECISION)
+    else:
+        angle = angle.to(tl.float32)
+    return tl.dot(angle, tl.trans(high), sums, input_precision=PRECISION)
+
+
+@triton.jit
+def tabulate_waves(
+    heads: tl.tensor,
+    centre: tl.tensor,
+    cos_sin: tl.tensor,
+    axis: tl.tensor,
+    harmonics: tl.tensor,
+    waves: tl.tensor,
+    member: tl.tensor,
+    on: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    stride: tl.tensor,
+    wave_positions: tl.tensor,
+    scale_log2: tl.tensor,
+    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WAVE_TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NEOX: tl.constexpr,
+    AXES: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> None:
+    """Write the waves of every `stride`-th position tile from `begin` to `end`: a column a member and axis.
+
+    A query's product with the turned centre is, for each frequency, `a cos t + b sin t`, where t is the
+    position on one axis. The first program leaves the weights a and b as harmonics.
+    """
+    pair = tl.arange(0, PAIRS)
+    in_pair = pair < ROTARY // 2
     if NEOX:
         first = pair
         second = pair + ROTARY // 2
     else:
         first = 2 * pair
         second = 2 * pair + 1
-    inside = pair < ROTARY // 2
-    both = in_group[:, None] & inside[None, :]
-    q_first = tl.load(heads + first[None, :], mask=both, other=0.0).to(tl.float32) * scale_log2
-    q_second = tl.load(heads + second[None, :], mask=both, other=0.0).to(tl.float32) * scale_log2
-    c_first = tl.load(centre + first, mask=inside, other=0.0)[None, :]
-    c_second = tl.load(centre + second, mask=inside, other=0.0)[None, :]
-    return q_first * c_first + q_second * c_second, q_second * c_first - q_first * c_second
-
-
-@triton.jit
-def dot_wide(
-    a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr
-) -> tl.tensor:
-    """a . b^T for a in the pool's type, exact in it, and b in fp32, which SPLIT passes as two parts."""
+    turns = (member < GROUP)[:, None] & in_pair[None, :]
+    if AXES > 1:
+        turns = turns & (tl.load(axis + pair, mask=in_pair, other=-1)[None, :] == on[:, None])
+    else:
+        turns = turns & (on == 0)[:, None]
+    q_first = tl.load(heads + first[None, :], mask=turns, other=0.0).to(tl.float32) * scale_log2
+    q_second = tl.load(heads + second[None, :], mask=turns, other=0.0).to(tl.float32) * scale_log2
+    c_first = tl.load(centre + first, mask=in_pair, other=0.0)[None, :]
+    c_second = tl.load(centre + second, mask=in_pair, other=0.0)[None, :]
+    cosine = q_first * c_first + q_second * c_second
+    sine = q_second * c_first - q_first * c_second
+    to_pair = harmonics + pair[None, :] * MEMBERS + member[:, None]
+    tl.store(to_pair, cosine, mask=turns & (begin == 0))
+    tl.store(to_pair + ROTARY // 2 * MEMBERS, sine, mask=turns & (begin == 0))
+    cosine_low = cosine
+    sine_low = sine
     if SPLIT:
-        high = b.to(a.dtype)
-        low = (b - high.to(tl.float32)).to(a.dtype)
-        if WIDEN:
-            a, high, low = a.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
-        result = tl.dot(a, tl.trans(high), input_precision=PRECISION)
-        return tl.dot(a, tl.trans(low), result, input_precision=PRECISION)
-    return tl.dot(a.to(tl.float32), tl.trans(b), input_precision=PRECISION)
+        cosine_whole = cosine
+        sine_whole = sine
+        cosine = cosine_whole.to(cos_sin.dtype.element_ty)
+        sine = sine_whole.to(cos_sin.dtype.element_ty)
+        cosine_low = (cosine_whole - cosine.to(tl.float32)).to(cosine.dtype)
+        sine_low = (sine_whole - sine.to(tl.float32)).to(sine.dtype)
+    stored = (member < MEMBERS) & (on < AXES)
+    for position_first in range(begin, end, stride):
+        position = position_first + tl.arange(0, WAVE_TILE)
+        inside = position < end
+        angle = cos_sin + position[:, None] * ROTARY + pair[None, :]
+        both = inside[:, None] & in_pair[None, :]
+        wave = tl.zeros((WAVE_TILE, member.shape[0]), tl.float32)
+        cos = tl.load(angle, mask=both, other=0.0)
+        sin = tl.load(angle + ROTARY // 2, mask=both, other=0.0)
+        wave = wave_dot(cos, cosine, cosine_low, wave, PRECISION, WIDEN, SPLIT)
+        wave = wave_dot(sin, sine, sine_low, wave, PRECISION, WIDEN, SPLIT)
+        to = waves + (on.to(tl.int64)[None, :] * wave_positions + position[:, None]) * MEMBERS
+        tl.store(to + member[None, :], wave, mask=inside[:, None] & stored[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "wave_positions"])
@@ -106,6 +220,7 @@ def prepare_kernel(
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PART: tl.constexpr,
@@ -127,9 +242,9 @@ def prepare_kernel(
 ) -> None:
     """Rotate the query group of item `program_id(0)`, and take its product with the head's centre apart.
 
-    The first program of an item writes the rotated queries as digits, and what is the same for all tokens;
-    the others write waves: each position's part, by axis, of the product with the centre.
+    The first programs of an item take a run of rotated dimensions each, the others tiles of positions.
     """
+    RUNS: tl.constexpr = HEAD_SIZE // SPAN
     item = tl.program_id(0)
     slot, _, _, landmark, first_chunk = recalling_head(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
@@ -138,78 +253,62 @@ def prepare_kernel(
         return
     if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
         return
-    member = tl.arange(0, GROUP_PAD)
-    in_group = member < GROUP
-    row = (item // HEADS).to(tl.int64)
-    heads = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
     arena_row = arena + slot.to(tl.int64) * stride_arena
     page = arena_page(arena_row, landmark, first_chunk >= 0, LAYERS * HEADS)
     centre = (pool + page * (PAGE * 2 * HEAD_SIZE)).to(tl.pointer_type(tl.float32))
+    row = (item // HEADS).to(tl.int64)
+    group = query + row * stride_query_row + item % HEADS * GROUP * stride_query_head
     item = item.to(tl.int64)
-    written = member < MEMBERS
-    if tl.program_id(1) == 0:
-        dim = tl.arange(0, HEAD_PAD)
-        rotated = tl.zeros((GROUP_PAD, HEAD_PAD), tl.float32)
-        # A part of the rotation at a time: whole fp32 operands would fill the registers.
-        for start in range(0, HEAD_PAD, PART):
-            inner = start + tl.arange(0, PART)
-            known = in_group[:, None] & (inner < HEAD_SIZE)[None, :]
-            part = tl.load(heads + inner[None, :], mask=known, other=0.0).to(tl.float32) * scale_log2
-            turn = tl.load(
-                rotation + inner[:, None] * HEAD_SIZE + dim[None, :],
-                mask=(inner < HEAD_SIZE)[:, None] & (dim < HEAD_SIZE)[None, :],
-                other=0.0,
-            )
-            rotated = tl.dot(part, turn, rotated, input_precision=FULL_PRECISION)
-        step = tl.maximum(tl.max(tl.abs(rotated), axis=1), 1e-30) / LARGEST_LEVEL
-        scaled = rotated / step[:, None]
-        level = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
-        high = (level + 128) >> 8
-        to = digits + item * (HEAD_SIZE // SPAN * 2 * MEMBERS * SPAN_PAD)
-        to += (dim // SPAN * (2 * MEMBERS * SPAN_PAD) + dim % SPAN)[None, :] + (member * SPAN_PAD)[:, None]
-        mask = written[:, None] & (dim < HEAD_SIZE)[None, :]
-        tl.store(to, high.to(tl.int8), mask=mask)
-        tl.store(to + MEMBERS * SPAN_PAD, (level - 256 * high).to(tl.int8), mask=mask)
-        still = (dim >= ROTARY) & (dim < HEAD_SIZE)
-        q = tl.load(heads + dim[None, :], mask=in_group[:, None] & still[None, :], other=0.0).to(tl.float32)
-        own = tl.load(centre + dim, mask=still, other=0.0)
-        to_terms = terms + item * (3 * MEMBERS) + member
-        tl.store(to_terms, step, mask=written)
-        tl.store(to_terms + MEMBERS, tl.sum(level, axis=1).to(tl.float32), mask=written)
-        constant = tl.sum(q * scale_log2 * own[None, :], axis=1)
-        tl.store(to_terms + 2 * MEMBERS, constant, mask=written)
-        if ROPE:
-            for start in range(0, ROTARY // 2, PAIRS):
-                pair = start + tl.arange(0, PAIRS)
-                cosine, sine = wave_weights(heads, centre, pair, in_group, scale_log2, NEOX, ROTARY)
-                to_pair = harmonics + (item * ROTARY + pair[None, :]) * MEMBERS + member[:, None]
-                in_pair = written[:, None] & (pair < ROTARY // 2)[None, :]
-                tl.store(to_pair, cosine, mask=in_pair)
-                tl.store(to_pair + ROTARY // 2 * MEMBERS, sine, mask=in_pair)
-    else:
-        end = tl.minimum(tl.load(position_end + slot), wave_positions)
-        step_positions = (tl.num_programs(1) - 1) * WAVE_TILE
-        for first in range((tl.program_id(1) - 1) * WAVE_TILE, end, step_positions):
-            position = first + tl.arange(0, WAVE_TILE)
-            inside = position < end
-            for on in tl.static_range(AXES):
-                wave = tl.zeros((WAVE_TILE, GROUP_PAD), tl.float32)
-                for start in tl.static_range(0, ROTARY // 2, PAIRS):
-                    pair = start + tl.arange(0, PAIRS)
-                    in_pair = pair < ROTARY // 2
-                    cosine, sine = wave_weights(heads, centre, pair, in_group, scale_log2, NEOX, ROTARY)
-                    if AXES > 1:
-                        turns = (tl.load(axis + pair, mask=in_pair, other=-1) == on)[None, :]
-                        cosine = tl.where(turns, cosine, 0.0)
-                        sine = tl.where(turns, sine, 0.0)
-                    angle = cos_sin + position[:, None] * ROTARY + pair[None, :]
-                    both = inside[:, None] & in_pair[None, :]
-                    cos = tl.load(angle, mask=both, other=0.0)
-                    sin = tl.load(angle + ROTARY // 2, mask=both, other=0.0)
-                    wave += dot_wide(cos, cosine, PRECISION, WIDEN, SPLIT)
-                    wave += dot_wide(sin, sine, PRECISION, WIDEN, SPLIT)
-                to_wave = waves + ((item * AXES + on) * wave_positions + position)[:, None] * MEMBERS
-                tl.store(to_wave + member[None, :], wave, mask=inside[:, None] & written[None, :])
+    run = tl.program_id(1)
+    if run < RUNS:
+        member = tl.arange(0, GROUP_PAD)
+        rotate_run(
+            group + member[:, None] * stride_query_head,
+            centre,
+            rotation,
+            digits + item * (RUNS * 2 * MEMBERS * SPAN_PAD),
+            terms + item * ((2 + RUNS) * MEMBERS),
+            member,
+            run,
+            scale_log2,
+            GROUP,
+            MEMBERS,
+            HEAD_SIZE,
+            HEAD_PAD,
+            PART,
+            SPAN,
+            SPAN_PAD,
+            LARGEST_LEVEL,
+            ROTARY,
+            FULL_PRECISION,
+        )
+    elif ROPE:
+        column = tl.arange(0, COLUMNS)
+        tabulate_waves(
+            group + (column % MEMBERS)[:, None] * stride_query_head,
+            centre,
+            cos_sin,
+            axis,
+            harmonics + item * (ROTARY * MEMBERS),
+            waves + item * (AXES * MEMBERS) * wave_positions,
+            column % MEMBERS,
+            column // MEMBERS,
+            (run - RUNS) * WAVE_TILE,
+            tl.minimum(tl.load(position_end + slot), wave_positions),
+            (tl.num_programs(1) - RUNS) * WAVE_TILE,
+            wave_positions,
+            scale_log2,
+            GROUP,
+            MEMBERS,
+            WAVE_TILE,
+            PAIRS,
+            NEOX,
+            AXES,
+            ROTARY,
+            PRECISION,
+            WIDEN,
+            SPLIT,
+        )
 
 
 @triton.jit
@@ -259,6 +358,16 @@ def far_waves(
     return result
 
 
+@triton.jit
+def exp2_of(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """2^x without care for results that are denormal."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks", "wave_positions"])
 def sketch_kernel(
     pool: tl.tensor,
@@ -293,17 +402,16 @@ def sketch_kernel(
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
     SPAN_PAD: tl.constexpr,
-    DATA_BYTES: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     ROPE: tl.constexpr,
     NEOX: tl.constexpr,
     AXES: tl.constexpr,
     ROTARY: tl.constexpr,
+    PROGRAM_PAGES: tl.constexpr,
     TILE_CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Log-weights of TILES tiles of chunks of item `program_id(0)`, from its sketches.
+    """Log-weights of the chunks of PROGRAM_PAGES landmark pages of item `program_id(0)`, from its sketches.
 
     Tokens are the columns of the products and the members' digits the rows, so that what a chunk's tokens are
     reduced by lies mostly in one thread.
@@ -312,12 +420,15 @@ def sketch_kernel(
     PAGE_ELEMENTS: tl.constexpr = PAGE * 2 * HEAD_SIZE
     RUNS: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = TILE_CHUNKS * PAGE
+    PAGE_TILES: tl.constexpr = (PLACES + TILE_CHUNKS - 1) // TILE_CHUNKS
     item = tl.program_id(0)
     slot, chunks, _, landmark, _ = recalling_head(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
     )
-    start_chunk = tl.program_id(1) * (TILES * TILE_CHUNKS)
-    if start_chunk >= chunks:
+    first_page = tl.program_id(1) * PROGRAM_PAGES
+    if first_page * PLACES >= chunks + RESERVED:
+        return
+    if chunks == 0:
         return
     if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
         return
@@ -327,27 +438,33 @@ def sketch_kernel(
     column = tl.arange(0, SPAN_PAD)
     digit_rows = digits + item * (RUNS * 2 * MEMBERS * SPAN_PAD)
     digit_rows += tl.arange(0, 2 * MEMBERS)[:, None] * SPAN_PAD + column[None, :]
+    item_terms = terms + item * ((2 + RUNS) * MEMBERS) + member
     query_digits = ()
+    level_sum = tl.zeros((MEMBERS,), tl.float32)
     for run in tl.static_range(RUNS):
         query_digits += (tl.load(digit_rows + run * (2 * MEMBERS * SPAN_PAD)),)  # type: ignore[assignment]
-    item_terms = terms + item * (3 * MEMBERS) + member
+        level_sum += tl.load(item_terms + (2 + run) * MEMBERS)
     # A level is 2 * code - 1, of two bits 2 * code - 3.
     slope = 2.0 * tl.load(item_terms)
-    offset = (-0.5 * (2**BITS - 1)) * slope * tl.load(item_terms + MEMBERS)
-    constant = tl.load(item_terms + 2 * MEMBERS)
+    offset = (-0.5 * (2**BITS - 1)) * slope * level_sum
+    constant = tl.load(item_terms + MEMBERS)
     any_far = tl.load(position_end + slot) > wave_positions
-    for tile in range(0, TILES):
-        token = (start_chunk + tile * TILE_CHUNKS) * PAGE + tl.arange(0, TOKENS)
-        live = token < chunks * PAGE
-        place = token // PAGE + RESERVED
-        page = arena_page(arena_row, landmark + place // PLACES, live, BLOCK_PAGES)
+    for tile in range(0, PROGRAM_PAGES * PAGE_TILES):
+        page_index = first_page + tile // PAGE_TILES
+        first_place = tile % PAGE_TILES * TILE_CHUNKS
+        page = arena_page(
+            arena_row, landmark + page_index, page_index * PLACES < chunks + RESERVED, BLOCK_PAGES
+        )
         base = (pool + page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
-        from_byte = base + ((place % PLACES) * DATA_BYTES + token % PAGE * SPAN)
+        token_place = first_place * PAGE + tl.arange(0, TOKENS)
+        # Of the head's first chunk's first token; negative where the centre is.
+        token = (page_index * PLACES - RESERVED) * PAGE + token_place
+        live = (token_place < PLACES * PAGE) & (token >= 0) & (token < chunks * PAGE)
         stored = live[:, None] & (column < SPAN)[None, :]
-        packed = tl.load(from_byte[:, None] + column[None, :], mask=stored, other=0)
+        packed = tl.load(base + token_place[:, None] * SPAN + column[None, :], mask=stored, other=0)
         packed = tl.trans(packed.to(tl.int8, bitcast=True))
         scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
-        scale = tl.load(scales + (place % PLACES) * PAGE + token % PAGE, mask=live, other=0.0).to(tl.float32)
+        scale = tl.load(scales + token_place, mask=live, other=0.0).to(tl.float32)
         product = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
         for run in tl.static_range(RUNS):
             codes = codes_of(packed, run, BITS, INTERPRETED)
@@ -389,10 +506,12 @@ def sketch_kernel(
         logits += tl.where(centred[None, :], around, 0.0)
         by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
         best = tl.max(by_chunk, axis=2)
-        total = tl.sum(tl.exp2(by_chunk - best[:, :, None]), axis=2)
-        chunk = start_chunk + tile * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
+        total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
+        place = first_place + tl.arange(0, TILE_CHUNKS)
+        chunk = page_index * PLACES - RESERVED + place
+        inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
         to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-        tl.store(to, best + tl.log2(total), mask=(member < GROUP)[:, None] & (chunk < chunks)[None, :])
+        tl.store(to, best + tl.log2(total), mask=(member < GROUP)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
@@ -501,15 +620,16 @@ def prepare_options(
     """How `prepare_kernel` is compiled for a model's shape."""
     full = dtype == torch.float32
     head_pad = next_power_of_2(layout.head_size)
+    axes = dict(rope)["AXES"]
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         **_sketch_shape(layout, group),
+        "COLUMNS": max(next_power_of_2(axes * members(group)), GROUP_PAD),
         "HEAD_PAD": head_pad,
-        "PART": min(head_pad, 32),
+        "PART": min(head_pad, 128),
         "LARGEST_LEVEL": LARGEST_LEVEL,
         "WAVE_TILE": WAVE_TILE,
-        # The pairs of larger heads in parts: operands of a dot fill the registers.
-        "PAIRS": min(max(next_power_of_2(layout.head_size // 2), 16), 64),
+        "PAIRS": max(next_power_of_2(layout.head_size // 2), 16),
         "FULL_PRECISION": FULL_PRECISION,
         "PRECISION": FULL_PRECISION if full else "tf32",
         "WIDEN": widen_dots(dtype),
@@ -517,7 +637,7 @@ def prepare_options(
         **dict(rope),
     }
     # Without stages in shared memory more programs fit.
-    return LaunchOptions(constexprs, num_warps=4, num_stages=1)
+    return LaunchOptions(constexprs, num_warps=8 if head_pad > 128 or full else 4, num_stages=1)
 
 
 @functools.cache
@@ -529,16 +649,14 @@ def sketch_options(
     rope: RopeConstants,
 ) -> LaunchOptions:
     """How `sketch_kernel` is compiled for a model's shape."""
-    tile_chunks = 4
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         **_sketch_shape(layout, group),
         "POSITION_PLACES": layout.position_places,
         "BITS": layout.sketch_bits,
-        "DATA_BYTES": layout.data_bytes,
         "SCALE_OFFSET": layout.scale_offset,
-        "TILE_CHUNKS": tile_chunks,
-        "TILES": PROGRAM_CHUNKS // tile_chunks,
+        "PROGRAM_PAGES": PROGRAM_PAGES,
+        "TILE_CHUNKS": TILE_CHUNKS,
         "INTERPRETED": bool(knobs.runtime.interpret),
         **dict(rope),
     }
@@ -558,10 +676,10 @@ def bound_options(
         "HEAD_PAD": next_power_of_2(layout.head_size),
         "DATA_ELEMENTS": layout.data_bytes // layout.itemsize,
         "TILE_CHUNKS": 16 if full else 64,
-        "PRECISION": "tf32",
+        "PRECISION": "ieee" if full else "tf32",
         "WIDEN": widen_dots(dtype),
     }
-    return LaunchOptions(constexprs, num_warps=4, num_stages=1)
+    return LaunchOptions(constexprs, num_warps=8 if full else 4, num_stages=1)
 
 
 def chunk_score(
@@ -608,7 +726,8 @@ def chunk_score(
     cos_sin = landmarks.rope.cos_sin if landmarks.rope else pool
     axis = landmarks.rope.axis if landmarks.rope else row_slot
     prepared = (work.digits, work.terms, work.harmonics, work.waves)
-    prepare_kernel[(rows * heads, 1 + (WAVE_PROGRAMS if landmarks.rope else 0))](
+    runs = 8 // layout.sketch_bits
+    prepare_kernel[(rows * heads, runs + (WAVE_PROGRAMS if landmarks.rope else 0))](
         query,
         pool,
         row_slot,
@@ -627,8 +746,8 @@ def chunk_score(
         **prepare_options(*shape, layout, rope, pool.dtype).kwargs(),
     )
     options = sketch_options(*shape, layout, rope)
-    per_program = options.constexprs["TILES"] * options.constexprs["TILE_CHUNKS"]
-    sketch_kernel[(rows * heads, triton.cdiv(work.max_chunks, per_program))](
+    pages = layout.pages(work.max_chunks)
+    sketch_kernel[(rows * heads, triton.cdiv(pages, options.constexprs["PROGRAM_PAGES"]))](
         pool,
         row_slot,
         row_len,

@@ -16,16 +16,30 @@ from ..recall.work import RecallWork
 
 
 @triton.jit
-def raise_threshold(
-    key: tl.tensor, threshold: tl.tensor, wanted: tl.tensor, shift: tl.tensor, BITS: tl.constexpr
-) -> tl.tensor:
-    """The threshold with its BITS bits from `shift` on set so high that `wanted` keys still reach it."""
-    digit = tl.arange(0, 2**BITS)
-    candidate = threshold | (digit << shift)
-    reach = tl.sum((key[None, :] >= candidate[:, None]).to(tl.int32), axis=1)
-    # The first digit is 0, which costs nothing.
-    fits = (reach >= wanted) | (digit == 0)
-    return threshold | ((tl.sum(fits.to(tl.int32), axis=0) - 1) << shift)
+def find_threshold(key: tl.tensor, wanted: tl.tensor, reached: tl.tensor) -> tl.tensor:
+    """The largest threshold that `wanted` keys reach, or less, if no more reach it; and how many do.
+
+    A digit of three bits at a time, since each waits for the one before; a few digits mostly tell the keys
+    apart.
+
+    Args:
+        key: `[TILE]` int32; below 0 they do not count.
+        wanted: at most `reached`.
+        reached: keys that count.
+    """
+    digit = tl.arange(0, 8)
+    threshold = tl.full((), 0, tl.int32)
+    shift = tl.full((), 28, tl.int32)
+    while (reached > wanted) & (shift >= 0):
+        candidate = threshold | (digit << shift)
+        reach = tl.sum((key[None, :] >= candidate[:, None]).to(tl.int32), axis=1)
+        # Digit 0 always does.
+        fits = reach >= wanted
+        threshold = tl.max(tl.where(fits, candidate, 0), axis=0)
+        reached = tl.min(tl.where(fits, reach, 0x7FFFFFFF), axis=0)
+        # The last bit alone is looked at with two that are known: what they would add does not fit.
+        shift = tl.where(shift == 1, 0, shift - 3)
+    return threshold, reached
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "pin_first", "pin_recent", "stride_chunks"])
@@ -93,43 +107,50 @@ def chunk_select_kernel(
     key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
     key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
     key = tl.where(valid, key, -1)
-    threshold = tl.full((), 0, tl.int32)
-    # Each digit waits for the one before: three bits at a time take a third of the waits.
-    for digit in range(10):
-        threshold = raise_threshold(key, threshold, hot_slots, 28 - 3 * digit, 3)
-    threshold = raise_threshold(key, threshold, hot_slots, 0, 1)
+    threshold, reached = find_threshold(key, hot_slots, chunks)
     room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
 
-    # The rest goes part by part, as the registers have no room for all. Until then the keys wait where the
-    # missing chunks will be listed: the list never overtakes the chunks that were looked at. The barriers
-    # keep the threads' writes of keys, reads of keys and writes of the list in this order.
     arriving_list = missing + item.to(tl.int64) * stride_chunks
     leaving_list = freed + item.to(tl.int64) * stride_chunks
     arena_row = arena + slot.to(tl.int64) * stride_arena
-    tl.store(arriving_list + chunk, key, mask=valid)
+    words = pool.to(tl.pointer_type(tl.int32)) + SLOT_INT
+    if PART < TILE:
+        # Part by part, as the registers have no room for all. Until then the keys wait where the missing
+        # chunks will be listed: the list never overtakes the chunks that were looked at. The barriers keep
+        # the threads' writes of keys, reads of keys and writes of the list in this order.
+        tl.store(arriving_list + chunk, key, mask=valid)
+        tl.debug_barrier()
     equal_before = tl.full((), 0, tl.int32)
-    arrived = tl.full((), 0, tl.int32)
-    left = tl.full((), 0, tl.int32)
-    tl.debug_barrier()
+    # Chunks that arrived, and 65536 times those that left.
+    seen = tl.full((), 0, tl.int32)
     for start in range(0, chunks, PART):
         index = start + tl.arange(0, PART)
         inside = index < chunks
-        waiting = tl.load(arriving_list + index, mask=inside, other=-1)
-        tl.debug_barrier()
-        equal = (waiting == threshold).to(tl.int32)
-        chosen = (waiting > threshold) | ((equal != 0) & (equal_before + tl.cumsum(equal, axis=0) <= room))
         place = RESERVED + index
         page = arena_page(arena_row, landmarks + place // PLACES, inside, LAYERS * HEADS)
-        entry = pool.to(tl.pointer_type(tl.int32)) + (page * PAGE_INTS + SLOT_INT + place % PLACES)
+        entry = words + (page * PAGE_INTS + place % PLACES)
         hot_slot = tl.load(entry, mask=inside, other=-1)
-        arriving = (chosen & (hot_slot < 0)).to(tl.int32)
-        leaving = ((chosen == 0) & (hot_slot >= 0)).to(tl.int32)
-        tl.store(entry, -1, mask=leaving != 0)
-        tl.store(leaving_list + (left + tl.cumsum(leaving, axis=0) - 1), hot_slot, mask=leaving != 0)
-        tl.store(arriving_list + (arrived + tl.cumsum(arriving, axis=0) - 1), index, mask=arriving != 0)
-        equal_before += tl.sum(equal, axis=0)
-        arrived += tl.sum(arriving, axis=0)
-        left += tl.sum(leaving, axis=0)
+        if PART < TILE:
+            waiting = tl.load(arriving_list + index, mask=inside, other=-1)
+            tl.debug_barrier()
+        else:
+            waiting = key
+        chosen = waiting >= threshold
+        # Rarely more keys are equal to the threshold than there is room for.
+        if reached > hot_slots:
+            equal = (waiting == threshold).to(tl.int32)
+            fits = equal_before + tl.cumsum(equal, axis=0) <= room
+            chosen = (waiting > threshold) | ((equal != 0) & fits)
+            equal_before += tl.sum(equal, axis=0)
+        arriving = chosen & (hot_slot < 0)
+        leaving = (chosen == 0) & (hot_slot >= 0)
+        both = arriving.to(tl.int32) + (leaving.to(tl.int32) << 16)
+        before = seen + tl.cumsum(both, axis=0) - both
+        tl.store(entry, -1, mask=leaving)
+        tl.store(leaving_list + (before >> 16 & 0xFFFF), hot_slot, mask=leaving)
+        tl.store(arriving_list + (before & 0xFFFF), index, mask=arriving)
+        seen += tl.sum(both, axis=0)
+    arrived = seen & 0xFFFF
     tl.store(num_missing + item, arrived)
     counter = counters + slot.to(tl.int64) * 2
     tl.atomic_add(counter, (hot_slots - arrived).to(tl.int64), sem="relaxed")
@@ -154,7 +175,7 @@ def launch_options(
         "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,
-        "PART": min(tile, num_warps * 128),
+        "PART": min(tile, num_warps * 256),
         # 64 weights a thread, at most.
         "MEMBERS": min(next_power_of_2(group), max(64 * 32 * num_warps // tile, 1)),
     }

@@ -41,8 +41,8 @@ class RecallWork:
             that were missing.
         digits: [R*H, 8/bits, 2, M, K] int8, for sketches the rotated queries in steps of their own: of each
             run of dimensions that share a byte the high digits of M members, worth 256, then the low ones.
-        terms: [R*H, 3, M] fp32, of each member its step, the sum of its digits, and its product with what
-            does not turn of the centre.
+        terms: [R*H, 2 + 8/bits, M] fp32, of each member its step, its product with what does not turn of the
+            centre, and the sum of its digits in each run.
         harmonics: [R*H, R, M] fp32, the query's product with the turned centre as weights of R/2 cosines,
             then of as many sines.
         waves: [R*H, axes, P, M] fp32, the part of that product that each position on an axis has.
@@ -100,7 +100,7 @@ class RecallWork:
             freed=indices(items, max_chunks),
             counters=torch.zeros(slots, 2, dtype=torch.int64, device=device),
             digits=torch.zeros(items, runs, 2, rows, span, dtype=torch.int8, device=device),
-            terms=floats(items, 3, rows),
+            terms=floats(items, 2 + runs, rows),
             harmonics=floats(items, rotary, rows),
             waves=floats(items, axes, positions, rows),
         )
