@@ -32,7 +32,7 @@ from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_nee
 from speed.layer import Case, CaseError
 from speed.operations import OPERATIONS, TOLERANCE, relative_error
 from speed.prepared import Prepared
-from speed.results import COLUMNS, Record, Results, find_ratios, plot, size, write
+from speed.results import COLUMNS, Record, Results, crosses_link, find_ratios, plot, size, write
 from speed.rivals import RIVALS
 from torch import Tensor
 
@@ -69,6 +69,12 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
     parser.add_argument("--batch", type=_whole_numbers, default=[8, 32] if on_gpu else [2])
     parser.add_argument("--prompt", type=_whole_numbers, default=[8192, 32768] if on_gpu else [512])
     parser.add_argument("--budget", type=_numbers, default=[0.1] if on_gpu else [0.5])
+    parser.add_argument(
+        "--large-budget",
+        type=_numbers,
+        default=[0.5] if on_gpu else [],
+        help="more budgets for `decode` of pruned heads, so that a launch reads a gigabyte",
+    )
     parser.add_argument("--skew", type=_numbers, default=[1.0, 16.0] if on_gpu else [4.0])
     parser.add_argument("--dynamic", type=_numbers, default=[0.0, 0.5], help="share of heads that recall")
     parser.add_argument("--tier", type=_names, default=["gpu"], help="gpu, host")
@@ -84,10 +90,17 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
     return args
 
 
-def _cases(args: argparse.Namespace) -> Iterator[Case]:
+def _cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Operations and their cases."""
     grid = itertools.product(args.batch, args.prompt, args.budget, args.skew, args.dynamic, args.tier)
     for batch, prompt, budget, skew, dynamic, tier in grid:
-        yield Case(batch, prompt, budget, skew, dynamic, tier, args.missed, args.landmark)
+        for op in args.op:
+            yield op, Case(batch, prompt, budget, skew, dynamic, tier, args.missed, args.landmark)
+    if "decode" in args.op:
+        for batch, prompt, budget, skew in itertools.product(
+            args.batch, args.prompt, args.large_budget, args.skew
+        ):
+            yield "decode", Case(batch, prompt, budget, skew)
 
 
 def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:
@@ -132,6 +145,9 @@ def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None
         *(prepare(make(case, device, SEED + number), record.backend) for number in others),
     ]
     record.ms = milliseconds([one.run for one in sets], device, eager=prepared.eager)
+    bandwidth = pinned_bandwidth(record.num_bytes, device) if crosses_link(record) else None
+    if bandwidth is not None:
+        record.link_ms = record.num_bytes / bandwidth * 1e3
 
 
 def _print(results: Results, console: Console) -> None:
@@ -162,8 +178,7 @@ def main() -> int:
     try:
         todo = dict.fromkeys(
             (op, backend, OPERATIONS[op].case(case))
-            for case in _cases(args)
-            for op in args.op
+            for op, case in _cases(args)
             for backend in args.backends
             if backend in OPERATIONS[op].backends and OPERATIONS[op].applies(case)
         )

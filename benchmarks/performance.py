@@ -82,15 +82,17 @@ class Goal:
 
 
 def _fits(sizes: Mapping[str, Any], case: Mapping[str, Any]) -> bool:
-    return all(str(case.get(name)) == str(value) for name, value in sizes.items())
+    """Whether a case has these values; of a tuple, one of them."""
+    choices = {name: value if isinstance(value, tuple) else (value,) for name, value in sizes.items()}
+    return all(str(case.get(name)) in map(str, values) for name, values in choices.items())
 
 
 GOALS = (
     Goal(
-        "decode kernel, bytes over time, against a copy on the device",
+        "decode kernel, a gigabyte a launch, bytes over time, against a copy on the device",
         "decode: bytes over time / bandwidth of a copy",
         0.85,
-        LONG,
+        {"batch": 32, "prompt": 32768, "budget": 0.5},
     ),
     Goal("the same on uncompressed rows, against FlashAttention 3", "dense: speed against fa3 on all", 0.95),
     Goal(
@@ -144,14 +146,14 @@ GOALS = (
         "requests of 32k that decode at once",
         "decoding_at_once",
         7,
-        {"prompt_tokens": 32768, "scenario": "images"},
+        {"prompt_tokens": 32768, "scenario": ("images", "full")},
         server=True,
     ),
     Goal(
         "tokens a second where stock is short of memory",
         "tokens_per_second",
         4,
-        {"prompt_tokens": 32768, "scenario": "images"},
+        {"prompt_tokens": 32768, "scenario": ("images", "full")},
         server=True,
     ),
     Goal(

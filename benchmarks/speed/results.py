@@ -28,6 +28,9 @@ class Record(BaseModel):
     case: dict[str, Any]
     num_bytes: int = Field(description="Least bytes that the operation has to read.")
     ms: float | None = Field(default=None, description="Median of a launch; null on a CPU.")
+    link_ms: float | None = Field(
+        default=None, description="Of a pinned copy of as many bytes, where they cross the link to the host."
+    )
     error: float | None = Field(
         default=None, description="Relative to the torch reference; null if unchecked."
     )
@@ -87,8 +90,9 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
             yield _ratio("bytes of the full cache / of decode", record, whole.num_bytes / record.num_bytes)
         if record.ms is None or not record.right:
             continue
-        over_link = record.op == OFFLOAD or (record.op == GATHER and record.case["tier"] == "host")
-        limit = results.pinned_bandwidth if over_link else results.copy_bandwidth
+        limit = results.copy_bandwidth
+        if record.link_ms is not None:
+            limit = record.num_bytes / (record.link_ms * 1e-3)
         if limit is not None and record.op != PREFILL_END:
             of_limit = record.num_bytes / (record.ms * 1e-3) / limit
             yield _ratio(f"{record.op}: bytes over time / bandwidth of a copy", record, of_limit)
@@ -105,6 +109,11 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
             for interval in (1, 4):
                 mean = attention.ms + (record.ms - attention.ms) / interval
                 yield _ratio(f"step: share of recall, interval {interval}", record, 1 - attention.ms / mean)
+
+
+def crosses_link(record: Record) -> bool:
+    """Whether its bytes come from or go to the host."""
+    return record.op == OFFLOAD or (record.op == GATHER and bool(record.case["tier"] == "host"))
 
 
 def _ratio(what: str, record: Record, value: float) -> Ratio:

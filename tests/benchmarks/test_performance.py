@@ -36,6 +36,7 @@ def write_results(folder: Path, device: str) -> None:
         pinned_bandwidth=1e10,
         records=[
             record("decode", "triton", 1.0),
+            record("decode", "triton", 1.0).model_copy(update={"case": case | {"budget": 0.5}}),
             record("dense", "triton", 12.0),
             record("dense", "fa3", 8.0),
             record("dense", "flashinfer", 20.0),
@@ -64,11 +65,8 @@ def test_goals_are_held_against_the_card_they_are_for(tmp_path: Path) -> None:
     page = (tmp_path / "performance.md").read_text()
     rows = goal_rows(page)
     # Full bandwidth; 8 ms against 12; 8 against 1; 30 ms against 12, of 3.
-    assert rows["decode kernel, bytes over time, against a copy on the device"] == [
-        "at least 0.85",
-        "1.00",
-        "yes",
-    ]
+    bandwidth = "decode kernel, a gigabyte a launch, bytes over time, against a copy on the device"
+    assert rows[bandwidth] == ["at least 0.85", "1.00", "yes"]
     assert rows["the same on uncompressed rows, against FlashAttention 3"] == ["at least 0.95", "0.67", "no"]
     layer = "a layer at 10%, 32 x 32k, against FlashAttention 3 on all: pruned heads only"
     assert rows[layer] == ["at least 7", "8.00", "yes"]

@@ -8,6 +8,7 @@ import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_score import chunk_score
 from hybridkv_kernels.landmark_build import landmark_build
+from hybridkv_kernels.recall import work as working
 from hybridkv_kernels.recall.landmarks import Landmarks, Rope, random_rotation
 from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.reading import field, landmark_pages
@@ -128,6 +129,19 @@ def test_sketches_know_every_rope(
     built_by = builder(backend, device)
     case = recall_case(PROMPTS, RECALLING, kind, 64, torch.float32, device, rope=made, backend=built_by)
     check_scores(case, 2, torch.float32, backend, interval=3)
+
+
+@pytest.mark.parametrize("positions", [0, 40, 200])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_tokens_beyond_the_waves_are_scored_too(
+    axes: int, positions: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, rows = len(ROWS) * 2, 8
+    monkeypatch.setattr(working, "WAVE_BYTES", positions * 4 * items * axes * rows)
+    made = make_rope(64, torch.bfloat16, device, axes=axes)
+    case = recall_case(PROMPTS, RECALLING, "sketch2", 64, torch.bfloat16, device, rope=made)
+    assert case.work(len(ROWS), 2).wave_positions == max(positions, 1)
+    check_scores(case, 2, torch.bfloat16, "triton", interval=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -94,6 +94,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    # Where the code has been copied to without its repository.
+    if given := os.environ.get("HYBRIDKV_COMMIT"):
+        return given
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)

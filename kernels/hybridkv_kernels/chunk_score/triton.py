@@ -24,10 +24,10 @@ from ..recall.work import RecallWork, members, span_pad
 GROUP_PAD = 16
 # Positions of a tile of waves, and programs that share an item's tiles.
 WAVE_TILE = 64
-WAVE_PROGRAMS = 16
+WAVE_PROGRAMS = 8
 # Landmark pages that one program scores, and chunks of a tile.
-PROGRAM_PAGES = 2
-TILE_CHUNKS = 2
+PROGRAM_PAGES = 1
+TILE_CHUNKS = 4
 # Most steps of a query's digits: two signed bytes, the higher one times 256.
 LARGEST_LEVEL = 32512
 
@@ -368,6 +368,16 @@ def exp2_of(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     )
 
 
+@triton.jit
+def log2_of(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """log2 of x, which is at least 1: by the hardware, not by a polynomial."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks", "wave_positions"])
 def sketch_kernel(
     pool: tl.tensor,
@@ -449,6 +459,7 @@ def sketch_kernel(
     offset = (-0.5 * (2**BITS - 1)) * slope * level_sum
     constant = tl.load(item_terms + MEMBERS)
     any_far = tl.load(position_end + slot) > wave_positions
+    item_waves = waves + item * (AXES * MEMBERS) * wave_positions
     for tile in range(0, PROGRAM_PAGES * PAGE_TILES):
         page_index = first_page + tile // PAGE_TILES
         first_place = tile % PAGE_TILES * TILE_CHUNKS
@@ -475,7 +486,8 @@ def sketch_kernel(
         centred = live & (scale < 0)
         around = tl.broadcast_to(constant[:, None], (MEMBERS, TOKENS))
         if ROPE:
-            positions = (token,)
+            # Where there is no token to speak of, any position will do.
+            positions = (tl.where(centred, token, 0),)
             if AXES > 1:
                 chunk = token // PAGE
                 at_page = arena_page(arena_row, chunk // POSITION_PLACES, live, BLOCK_PAGES)
@@ -484,25 +496,28 @@ def sketch_kernel(
                 positions = ()  # type: ignore[assignment]
                 for on in tl.static_range(AXES):
                     positions += (tl.load(at + on * PAGE, mask=centred, other=0),)  # type: ignore[assignment]
-            largest = positions[0]
-            for on in tl.static_range(1, AXES):
-                largest = tl.maximum(largest, positions[on])
-            near = centred & (largest < wave_positions)
             for on in tl.static_range(AXES):
-                wave = waves + ((item * AXES + on) * wave_positions + positions[on]) * MEMBERS
-                around += tl.load(wave[None, :] + member[:, None], mask=near[None, :], other=0.0)
+                # Without a mask, which costs more than what is loaded for nothing.
+                known = tl.minimum(positions[on], wave_positions - 1)
+                at_wave = item_waves + (on * wave_positions + known) * MEMBERS
+                around += tl.load(at_wave[None, :] + member[:, None])
             if any_far:
-                around += far_waves(
+                largest = positions[0]
+                for on in tl.static_range(1, AXES):
+                    largest = tl.maximum(largest, positions[on])
+                far = centred & (largest >= wave_positions)
+                one_by_one = far_waves(
                     harmonics + item * (ROTARY * MEMBERS),
                     cos_sin,
                     axis,
                     positions,
-                    centred & (largest >= wave_positions),
+                    far,
                     member,
                     MEMBERS,
                     AXES,
                     ROTARY,
                 )
+                around = tl.where(far[None, :], constant[:, None] + one_by_one, around)
         logits += tl.where(centred[None, :], around, 0.0)
         by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
         best = tl.max(by_chunk, axis=2)
@@ -511,7 +526,7 @@ def sketch_kernel(
         chunk = page_index * PLACES - RESERVED + place
         inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
         to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-        tl.store(to, best + tl.log2(total), mask=(member < GROUP)[:, None] & inside[None, :])
+        tl.store(to, best + log2_of(total, INTERPRETED), mask=(member < GROUP)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])

@@ -85,7 +85,8 @@ class RecallWork:
             runs, span = 8 // landmarks.layout.sketch_bits, span_pad(landmarks.layout)
         if landmarks is not None and landmarks.rope is not None:
             axes, rotary = landmarks.rope.num_axes, landmarks.rope.rotary_size
-        positions = min(max_chunks * PAGE, WAVE_BYTES // max(4 * items * axes * rows, 1))
+        # One at least: what is beyond them is loaded and not used.
+        positions = max(min(max_chunks * PAGE, WAVE_BYTES // max(4 * items * axes * rows, 1)), 1)
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
