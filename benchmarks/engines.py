@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hybridkv_quality.environment import environment
 from hybridkv_quality.model_path import model_folder
 from hybridkv_serving.figures import COUNTS, OURS, STOCK, Figures, Report, compare, plot, write
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +32,6 @@ from hybridkv_vllm.plan import PAGE_TOKENS
 if TYPE_CHECKING:
     from vllm import LLM
 
-FIGURES = TypeAdapter(list[Figures])
 BATCH, FULL = "batch", "full"
 # Folders of the results, by tier: as serve.py's on a GPU are called.
 FOLDERS = {"off": "pruned", "gpu": "recalling_gpu", "host": "recalling"}
@@ -41,6 +40,15 @@ WARM_UP_STEPS = 8
 PATIENCE = 24
 # Figures that profiles give to heads that recall and to others, and what lies between.
 MOVING, STILL, THETA = 0.9, 0.0, 0.5
+
+
+class Measured(BaseModel):
+    """What one engine gave."""
+
+    figures: list[Figures]
+    missed: float | None = Field(
+        description="Share of the chosen chunks fetched while steps were timed; null without recall."
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--scenario", help=argparse.SUPPRESS)
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -160,7 +169,12 @@ class Stepper:
                 request_id,
                 {"prompt_token_ids": tokens},
                 SamplingParams(
-                    max_tokens=self._spare_tokens, ignore_eos=True, temperature=0, detokenize=False
+                    max_tokens=self._spare_tokens,
+                    ignore_eos=True,
+                    temperature=0,
+                    detokenize=False,
+                    # Random weights would ask for something else at every step; a model seldom does.
+                    logit_bias={self._vocabulary // 3: 100},
                 ),
             )
         return ids
@@ -189,24 +203,43 @@ class Stepper:
         self.step(3)
 
 
-def measure(args: argparse.Namespace) -> list[Figures]:
+def _chunks(llm: LLM) -> Sequence[int]:
+    """Chosen chunks that were there, and that were fetched, so far; empty without recall."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    from hybridkv_vllm.attention.impl import HybridKVImpl
+
+    layers = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
+    impl = next(iter(layers.values())).impl
+    if not isinstance(impl, HybridKVImpl) or impl.tables.recall is None:
+        return ()
+    hit, fetched = impl.tables.recall.work.counters.sum(0).tolist()
+    return hit, fetched
+
+
+def measure(args: argparse.Namespace) -> Measured:
     """One scenario on one engine."""
     import numpy as np
 
     vocabulary = _text_config(args.model)["vocab_size"]
-    stepper = Stepper(start(args), vocabulary, args.prompt_tokens, args.spare_tokens)
+    llm = start(args)
+    stepper = Stepper(llm, vocabulary, args.prompt_tokens, args.spare_tokens)
     wanted = [args.requests]
     if args.scenario == BATCH:
         wanted = [int(number) for number in args.clients.split(",")]
     stepper.stop(_warm_up(stepper))
-    found = []
+    found, chunks = [], [0, 0]
     for clients in wanted:
         ids = stepper.add(clients)
         decoding = stepper.admit(ids)
         stepper.step(WARM_UP_STEPS)
+        chunks_before = _chunks(llm)
         before, begin = stepper.tokens, time.monotonic()
         stepper.step(args.steps)
         seconds, tokens = time.monotonic() - begin, stepper.tokens - before
+        grown = [now - then for now, then in zip(_chunks(llm), chunks_before, strict=True)]
+        chunks = [one + more for one, more in zip(chunks, grown, strict=True)] if grown else chunks
         waits = list(stepper.first_token.values())
         found.append(
             Figures(
@@ -225,7 +258,7 @@ def measure(args: argparse.Namespace) -> list[Figures]:
             )
         )
         stepper.stop(ids)
-    return found
+    return Measured(figures=found, missed=chunks[1] / sum(chunks) if sum(chunks) else None)
 
 
 def _warm_up(stepper: Stepper) -> list[str]:
@@ -235,41 +268,47 @@ def _warm_up(stepper: Stepper) -> list[str]:
     return ids
 
 
-def _run_child(engine: str, scenario: str, console: Console) -> list[Figures]:
+def _run_child(engine: str, scenario: str, console: Console) -> Measured:
     """Measures in a process of its own, so that the next engine finds the GPU free.
 
     Raises:
         RuntimeError: it failed; what it said is on stderr.
     """
-    command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--scenario", scenario]
     began = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"engine {engine}, {scenario}: exit code {done.returncode}")
-    console.print(f"{engine}, {scenario}: {time.monotonic() - began:.0f} s", highlight=False)
-    # vLLM may log to stdout as well.
-    return FIGURES.validate_json(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        # By a file: vLLM logs to stdout as well.
+        figures = Path(folder) / "figures.json"
+        own = ["--engine", engine, "--scenario", scenario, "--figures", str(figures)]
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], check=False)
+        if done.returncode != 0 or not figures.exists():
+            raise RuntimeError(f"engine {engine}, {scenario}: exit code {done.returncode}")
+        console.print(f"{engine}, {scenario}: {time.monotonic() - began:.0f} s", highlight=False)
+        return Measured.model_validate_json(figures.read_bytes())
 
 
 def main() -> int:
     """Measures and writes; 1 where an engine failed."""
     args = _arguments()
     if args.engine is not None:
-        print(FIGURES.dump_json(measure(args)).decode(), flush=True)
+        args.figures.write_text(measure(args).model_dump_json())
         return 0
     console = Console()
     settings = {
         name: str(value)
         for name, value in (vars(args) | {"dynamic_tier": None, "prompts": "random tokens"}).items()
-        if name not in ("out", "model", "engine", "scenario", "dynamic_tiers")
+        if name not in ("out", "model", "engine", "scenario", "figures", "dynamic_tiers")
     }
     failed = False
     stock: list[Figures] = []
     for engine in (STOCK, *args.dynamic_tiers.split(",")):
         figures: list[Figures] = []
+        missed: dict[str, str] = {}
         for scenario in args.scenarios.split(","):
             try:
-                figures += _run_child(engine, scenario, console)
+                measured = _run_child(engine, scenario, console)
+                figures += measured.figures
+                if measured.missed is not None:
+                    missed[f"missed, {scenario}"] = f"{measured.missed:.3f}"
             except RuntimeError as error:
                 print(f"engines.py: {error}", file=sys.stderr)
                 failed = True
@@ -278,7 +317,7 @@ def main() -> int:
             continue
         report = Report(
             environment=environment(),
-            settings=settings | {"dynamic_tier": engine},
+            settings=settings | {"dynamic_tier": engine} | missed,
             figures=[*stock, *figures],
             # Those who are let in at once wait longer for their first token; stock's others never get one.
             comparisons=[

@@ -1,11 +1,12 @@
 """Keeps a server busy for minutes and says whether it bears it: no error, no growth of memory, nothing kept.
 
+    python benchmarks/soak.py --stock --out benchmarks/results/soak-stock.json     # stock vLLM, to compare
     python benchmarks/soak.py --out benchmarks/results/soak.json
-    python benchmarks/soak.py --stock      # the same load on stock vLLM
 
 Clients stream answers about pictures of several lengths; some go away in the middle, some ask for everything
 to be kept, some for nothing to be compressed. After a warm-up, in which caches fill, and after the load the
-server is left alone: what it has more of then has been kept.
+server is left alone: what it has more of then has been kept. Of that, what stock vLLM keeps for each answer
+under the same load is its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rich.console import Console
 from hybridkv_vllm.server import Server, ServerFailed, serve
 
 NAME = "model"
+STOCK_RESULT = Path(__file__).parent / "results" / "soak-stock.json"
 LENGTHS = (256, 768, 1024, 1536)
 GOES_AWAY, KEEPS_ALL, UNCOMPRESSED = 0.1, 0.05, 0.05
 METRICS_SECONDS, REST_SECONDS, EMPTY_SECONDS = 1.0, 5.0, 60.0
@@ -79,14 +81,27 @@ class Soak(BaseModel):
     metrics_p99: float = Field(default=0, description="Seconds that GET /metrics took during the load.")
     left_over: dict[str, float] = Field(default={}, description="What was not empty at the end.")
 
-    def problems(self) -> list[str]:
-        """Why the server did not bear it; empty if it did."""
+    @property
+    def growth(self) -> float:
+        """MiB that all processes together have more than after the warm-up."""
+        return sum(self.memory_at_end.values()) - sum(self.memory_after_warm_up.values())
+
+    def problems(self, stock: Soak | None = None) -> list[str]:
+        """Why the server did not bear it; empty if it did.
+
+        Args:
+            stock: what became of stock vLLM; without it none of the growth is vLLM's.
+        """
         found = [] if self.answers else ["no answer at all"]
         if self.errors:
             found.append(f"{len(self.errors)} errors, the first: {self.errors[0]}")
-        before, after = sum(self.memory_after_warm_up.values()), sum(self.memory_at_end.values())
-        if after > before * (1 + MOST_GROWTH):
-            found.append(f"memory grew from {before:.0f} to {after:.0f} MiB")
+        before = sum(self.memory_after_warm_up.values())
+        of_stock = 0.0
+        if stock is not None and stock.answers:
+            of_stock = max(0.0, stock.growth) * self.answers / stock.answers
+        if self.growth > before * MOST_GROWTH + of_stock:
+            after = before + self.growth
+            found.append(f"memory grew from {before:.0f} to {after:.0f} MiB, {of_stock:.0f} as stock's does")
         if self.metrics_p99 > MOST_METRICS_SECONDS:
             found.append(f"/metrics took {self.metrics_p99:.3f} s (99th percentile)")
         if self.left_over:
@@ -201,6 +216,9 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=1024, help="of the KV cache, so that it is short")
     parser.add_argument("--log", type=Path, help="file for the server's output")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument(
+        "--against", type=Path, default=STOCK_RESULT, help="JSON file of stock vLLM under the same load"
+    )
     args = parser.parse_args()
     given = {
         "served-model-name": NAME,
@@ -243,9 +261,13 @@ def main() -> int:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(soak.model_dump_json(indent=1) + "\n")
-    for problem in soak.problems():
+    stock = None
+    if not args.stock and args.against.exists():
+        stock = Soak.model_validate_json(args.against.read_text())
+    problems = soak.problems(stock)
+    for problem in problems:
         print(f"soak.py: {problem}; log: {log}", file=sys.stderr)
-    return int(bool(soak.problems()))
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

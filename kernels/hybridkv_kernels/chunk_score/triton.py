@@ -25,9 +25,9 @@ GROUP_PAD = 16
 # Positions of a tile of waves, and programs that share an item's tiles.
 WAVE_TILE = 64
 WAVE_PROGRAMS = 8
-# Landmark pages that one program scores, and chunks of a tile.
-PROGRAM_PAGES = 1
-TILE_CHUNKS = 4
+# Chunks of a tile of scores, and tiles that are on their way at once.
+TILE_CHUNKS = 2
+TILES = 7
 # Most steps of a query's digits: two signed bytes, the higher one times 256.
 LARGEST_LEVEL = 32512
 
@@ -417,11 +417,11 @@ def sketch_kernel(
     NEOX: tl.constexpr,
     AXES: tl.constexpr,
     ROTARY: tl.constexpr,
-    PROGRAM_PAGES: tl.constexpr,
     TILE_CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Log-weights of the chunks of PROGRAM_PAGES landmark pages of item `program_id(0)`, from its sketches.
+    """Log-weights of the chunks of landmark page `program_id(1)` of item `program_id(0)`, from its sketches.
 
     Tokens are the columns of the products and the members' digits the rows, so that what a chunk's tokens are
     reduced by lies mostly in one thread.
@@ -430,15 +430,12 @@ def sketch_kernel(
     PAGE_ELEMENTS: tl.constexpr = PAGE * 2 * HEAD_SIZE
     RUNS: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = TILE_CHUNKS * PAGE
-    PAGE_TILES: tl.constexpr = (PLACES + TILE_CHUNKS - 1) // TILE_CHUNKS
     item = tl.program_id(0)
     slot, chunks, _, landmark, _ = recalling_head(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
     )
-    first_page = tl.program_id(1) * PROGRAM_PAGES
-    if first_page * PLACES >= chunks + RESERVED:
-        return
-    if chunks == 0:
+    page_index = tl.program_id(1)
+    if (chunks == 0) | (page_index * PLACES >= chunks + RESERVED):
         return
     if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
         return
@@ -460,73 +457,80 @@ def sketch_kernel(
     constant = tl.load(item_terms + MEMBERS)
     any_far = tl.load(position_end + slot) > wave_positions
     item_waves = waves + item * (AXES * MEMBERS) * wave_positions
-    for tile in range(0, PROGRAM_PAGES * PAGE_TILES):
-        page_index = first_page + tile // PAGE_TILES
-        first_place = tile % PAGE_TILES * TILE_CHUNKS
-        page = arena_page(
-            arena_row, landmark + page_index, page_index * PLACES < chunks + RESERVED, BLOCK_PAGES
-        )
-        base = (pool + page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
-        token_place = first_place * PAGE + tl.arange(0, TOKENS)
-        # Of the head's first chunk's first token; negative where the centre is.
-        token = (page_index * PLACES - RESERVED) * PAGE + token_place
-        live = (token_place < PLACES * PAGE) & (token >= 0) & (token < chunks * PAGE)
-        stored = live[:, None] & (column < SPAN)[None, :]
-        packed = tl.load(base + token_place[:, None] * SPAN + column[None, :], mask=stored, other=0)
-        packed = tl.trans(packed.to(tl.int8, bitcast=True))
-        scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
-        scale = tl.load(scales + token_place, mask=live, other=0.0).to(tl.float32)
-        product = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
-        for run in tl.static_range(RUNS):
-            codes = codes_of(packed, run, BITS, INTERPRETED)
-            product = tl.dot(query_digits[run], codes, product, out_dtype=tl.int32)
-        high, low = tl.split(tl.permute(tl.reshape(product, (2, MEMBERS, TOKENS)), (1, 2, 0)))
-        logits = (256 * high + low).to(tl.float32) * slope[:, None] + offset[:, None]
-        logits *= tl.abs(scale)[None, :]
-        centred = live & (scale < 0)
-        around = tl.broadcast_to(constant[:, None], (MEMBERS, TOKENS))
-        if ROPE:
-            # Where there is no token to speak of, any position will do.
-            positions = (tl.where(centred, token, 0),)
+    page = arena_page(arena_row, landmark + page_index, chunks > 0, BLOCK_PAGES)
+    base = (pool + page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
+    scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
+    # Of the page's first token; negative where the centre is.
+    first_token = (page_index * PLACES - RESERVED) * PAGE
+    for first_place in range(0, PLACES, TILES * TILE_CHUNKS):
+        # All that is waited for is loaded first.
+        packed = ()
+        scale = ()
+        centred = ()
+        positions = ()
+        for tile in tl.static_range(TILES):
+            token_place = (first_place + tile * TILE_CHUNKS) * PAGE + tl.arange(0, TOKENS)
+            token = first_token + token_place
+            live = (token_place < PLACES * PAGE) & (token >= 0) & (token < chunks * PAGE)
+            stored = live[:, None] & (column < SPAN)[None, :]
+            from_byte = base + token_place[:, None] * SPAN + column[None, :]
+            packed += (tl.load(from_byte, mask=stored, other=0),)  # type: ignore[assignment]
+            scale += (tl.load(scales + token_place, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+            centred += (live & (scale[tile] < 0),)  # type: ignore[assignment]
             if AXES > 1:
                 chunk = token // PAGE
                 at_page = arena_page(arena_row, chunk // POSITION_PLACES, live, BLOCK_PAGES)
                 at = (pool + at_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.int32))
                 at += chunk % POSITION_PLACES * (AXES * PAGE) + token % PAGE
-                positions = ()  # type: ignore[assignment]
                 for on in tl.static_range(AXES):
-                    positions += (tl.load(at + on * PAGE, mask=centred, other=0),)  # type: ignore[assignment]
-            for on in tl.static_range(AXES):
-                # Without a mask, which costs more than what is loaded for nothing.
-                known = tl.minimum(positions[on], wave_positions - 1)
-                at_wave = item_waves + (on * wave_positions + known) * MEMBERS
-                around += tl.load(at_wave[None, :] + member[:, None])
-            if any_far:
-                largest = positions[0]
-                for on in tl.static_range(1, AXES):
-                    largest = tl.maximum(largest, positions[on])
-                far = centred & (largest >= wave_positions)
-                one_by_one = far_waves(
-                    harmonics + item * (ROTARY * MEMBERS),
-                    cos_sin,
-                    axis,
-                    positions,
-                    far,
-                    member,
-                    MEMBERS,
-                    AXES,
-                    ROTARY,
-                )
-                around = tl.where(far[None, :], constant[:, None] + one_by_one, around)
-        logits += tl.where(centred[None, :], around, 0.0)
-        by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
-        best = tl.max(by_chunk, axis=2)
-        total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
-        place = first_place + tl.arange(0, TILE_CHUNKS)
-        chunk = page_index * PLACES - RESERVED + place
-        inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
-        to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-        tl.store(to, best + log2_of(total, INTERPRETED), mask=(member < GROUP)[:, None] & inside[None, :])
+                    positions += (tl.load(at + on * PAGE, mask=live, other=0),)  # type: ignore[assignment]
+            else:
+                # Where there is no token to speak of, any position will do.
+                positions += (tl.where(live, token, 0),)  # type: ignore[assignment]
+        for tile in tl.static_range(TILES):
+            around = tl.broadcast_to(constant[:, None], (MEMBERS, TOKENS))
+            if ROPE:
+                for on in tl.static_range(AXES):
+                    # Without a mask, which costs more than what is loaded for nothing.
+                    known = tl.minimum(positions[tile * AXES + on], wave_positions - 1)
+                    at_wave = item_waves + (on * wave_positions + known) * MEMBERS
+                    around += tl.load(at_wave[None, :] + member[:, None])
+                if any_far:
+                    own = positions[tile * AXES : (tile + 1) * AXES]
+                    largest: tl.tensor = own[0]
+                    for on in tl.static_range(1, AXES):
+                        largest = tl.maximum(largest, own[on])
+                    far = centred[tile] & (largest >= wave_positions)
+                    one_by_one = far_waves(
+                        harmonics + item * (ROTARY * MEMBERS),
+                        cos_sin,
+                        axis,
+                        own,
+                        far,
+                        member,
+                        MEMBERS,
+                        AXES,
+                        ROTARY,
+                    )
+                    around = tl.where(far[None, :], constant[:, None] + one_by_one, around)
+            bytes_of = tl.trans(packed[tile].to(tl.int8, bitcast=True))
+            sums = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
+            for run in tl.static_range(RUNS):
+                codes = codes_of(bytes_of, run, BITS, INTERPRETED)
+                sums = tl.dot(query_digits[run], codes, sums, out_dtype=tl.int32)
+            high, low = tl.split(tl.permute(tl.reshape(sums, (2, MEMBERS, TOKENS)), (1, 2, 0)))
+            logits = (256 * high + low).to(tl.float32) * slope[:, None] + offset[:, None]
+            logits *= tl.abs(scale[tile])[None, :]
+            logits += tl.where(centred[tile][None, :], around, 0.0)
+            by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
+            best = tl.max(by_chunk, axis=2)
+            total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
+            place = first_place + tile * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
+            chunk = page_index * PLACES - RESERVED + place
+            inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
+            to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
+            mask = (member < GROUP)[:, None] & inside[None, :]
+            tl.store(to, best + log2_of(total, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
@@ -670,13 +674,13 @@ def sketch_options(
         "POSITION_PLACES": layout.position_places,
         "BITS": layout.sketch_bits,
         "SCALE_OFFSET": layout.scale_offset,
-        "PROGRAM_PAGES": PROGRAM_PAGES,
         "TILE_CHUNKS": TILE_CHUNKS,
+        "TILES": TILES,
         "INTERPRETED": bool(knobs.runtime.interpret),
         **dict(rope),
     }
     del constexprs["GROUP_PAD"]
-    return LaunchOptions(constexprs, num_warps=1, num_stages=2)
+    return LaunchOptions(constexprs, num_warps=1, num_stages=1)
 
 
 @functools.cache
@@ -761,8 +765,7 @@ def chunk_score(
         **prepare_options(*shape, layout, rope, pool.dtype).kwargs(),
     )
     options = sketch_options(*shape, layout, rope)
-    pages = layout.pages(work.max_chunks)
-    sketch_kernel[(rows * heads, triton.cdiv(pages, options.constexprs["PROGRAM_PAGES"]))](
+    sketch_kernel[(rows * heads, layout.pages(work.max_chunks))](
         pool,
         row_slot,
         row_len,
