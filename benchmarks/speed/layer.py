@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,9 +166,7 @@ class Layer:
 
     def copy(self) -> Layer:
         """The same step with a pool and buffers of its own."""
-        buffers = vars(self.work).items()
-        work = RecallWork(**{name: buffer.clone() for name, buffer in buffers})
-        return replace(self, pool=self.pool.clone(), work=work)
+        return replace(self, pool=self.pool.clone(), work=deepcopy(self.work))
 
 
 def mrope(prompt: int, device: torch.device) -> Rope:

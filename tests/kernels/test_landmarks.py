@@ -140,7 +140,7 @@ def test_tokens_beyond_the_waves_are_scored_too(
     monkeypatch.setattr(working, "WAVE_BYTES", positions * 4 * items * axes * rows)
     made = make_rope(64, torch.bfloat16, device, axes=axes)
     case = recall_case(PROMPTS, RECALLING, "sketch2", 64, torch.bfloat16, device, rope=made)
-    assert case.work(len(ROWS), 2).wave_positions == max(positions, 1)
+    assert case.work(len(ROWS), 2).wave_positions(items) == max(positions, 1)
     check_scores(case, 2, torch.bfloat16, "triton", interval=1)
 
 

@@ -22,12 +22,12 @@ from ..recall.work import RecallWork, members, span_pad
 
 # The least M of a tensor-core dot.
 GROUP_PAD = 16
-# Positions of a tile of waves, and programs that share an item's tiles.
+# Positions of a tile of waves; programs that share an item's tiles, at least, and of all items, about.
 WAVE_TILE = 64
-WAVE_PROGRAMS = 8
-# Chunks of a tile of scores, and tiles that are on their way at once.
+WAVE_PROGRAMS = 6
+ALL_WAVE_PROGRAMS = 512
+# Chunks of a tile of scores. Smaller or larger ones, and whole pages at once, were slower on an H200.
 TILE_CHUNKS = 2
-TILES = 7
 # Most steps of a query's digits: two signed bytes, the higher one times 256.
 LARGEST_LEVEL = 32512
 
@@ -418,7 +418,6 @@ def sketch_kernel(
     AXES: tl.constexpr,
     ROTARY: tl.constexpr,
     TILE_CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Log-weights of the chunks of landmark page `program_id(1)` of item `program_id(0)`, from its sketches.
@@ -460,77 +459,66 @@ def sketch_kernel(
     page = arena_page(arena_row, landmark + page_index, chunks > 0, BLOCK_PAGES)
     base = (pool + page * PAGE_ELEMENTS).to(tl.pointer_type(tl.uint8))
     scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
-    # Of the page's first token; negative where the centre is.
-    first_token = (page_index * PLACES - RESERVED) * PAGE
-    for first_place in range(0, PLACES, TILES * TILE_CHUNKS):
-        # All that is waited for is loaded first.
-        packed = ()
-        scale = ()
-        centred = ()
-        positions = ()
-        for tile in tl.static_range(TILES):
-            token_place = (first_place + tile * TILE_CHUNKS) * PAGE + tl.arange(0, TOKENS)
-            token = first_token + token_place
-            live = (token_place < PLACES * PAGE) & (token >= 0) & (token < chunks * PAGE)
-            stored = live[:, None] & (column < SPAN)[None, :]
-            from_byte = base + token_place[:, None] * SPAN + column[None, :]
-            packed += (tl.load(from_byte, mask=stored, other=0),)  # type: ignore[assignment]
-            scale += (tl.load(scales + token_place, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
-            centred += (live & (scale[tile] < 0),)  # type: ignore[assignment]
+    for first_place in range(0, PLACES, TILE_CHUNKS):
+        token_place = first_place * PAGE + tl.arange(0, TOKENS)
+        # Of the head's first chunk's first token; negative where the centre is.
+        token = (page_index * PLACES - RESERVED) * PAGE + token_place
+        live = (token_place < PLACES * PAGE) & (token >= 0) & (token < chunks * PAGE)
+        stored = live[:, None] & (column < SPAN)[None, :]
+        packed = tl.load(base + token_place[:, None] * SPAN + column[None, :], mask=stored, other=0)
+        packed = tl.trans(packed.to(tl.int8, bitcast=True))
+        scale = tl.load(scales + token_place, mask=live, other=0.0).to(tl.float32)
+        product = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
+        for run in tl.static_range(RUNS):
+            codes = codes_of(packed, run, BITS, INTERPRETED)
+            product = tl.dot(query_digits[run], codes, product, out_dtype=tl.int32)
+        high, low = tl.split(tl.permute(tl.reshape(product, (2, MEMBERS, TOKENS)), (1, 2, 0)))
+        logits = (256 * high + low).to(tl.float32) * slope[:, None] + offset[:, None]
+        logits *= tl.abs(scale)[None, :]
+        centred = live & (scale < 0)
+        around = tl.broadcast_to(constant[:, None], (MEMBERS, TOKENS))
+        if ROPE:
+            # Where there is no token to speak of, any position will do.
+            positions = (tl.where(centred, token, 0),)
             if AXES > 1:
                 chunk = token // PAGE
                 at_page = arena_page(arena_row, chunk // POSITION_PLACES, live, BLOCK_PAGES)
                 at = (pool + at_page * PAGE_ELEMENTS).to(tl.pointer_type(tl.int32))
                 at += chunk % POSITION_PLACES * (AXES * PAGE) + token % PAGE
+                positions = ()  # type: ignore[assignment]
                 for on in tl.static_range(AXES):
-                    positions += (tl.load(at + on * PAGE, mask=live, other=0),)  # type: ignore[assignment]
-            else:
-                # Where there is no token to speak of, any position will do.
-                positions += (tl.where(live, token, 0),)  # type: ignore[assignment]
-        for tile in tl.static_range(TILES):
-            around = tl.broadcast_to(constant[:, None], (MEMBERS, TOKENS))
-            if ROPE:
-                for on in tl.static_range(AXES):
-                    # Without a mask, which costs more than what is loaded for nothing.
-                    known = tl.minimum(positions[tile * AXES + on], wave_positions - 1)
-                    at_wave = item_waves + (on * wave_positions + known) * MEMBERS
-                    around += tl.load(at_wave[None, :] + member[:, None])
-                if any_far:
-                    own = positions[tile * AXES : (tile + 1) * AXES]
-                    largest: tl.tensor = own[0]
-                    for on in tl.static_range(1, AXES):
-                        largest = tl.maximum(largest, own[on])
-                    far = centred[tile] & (largest >= wave_positions)
-                    one_by_one = far_waves(
-                        harmonics + item * (ROTARY * MEMBERS),
-                        cos_sin,
-                        axis,
-                        own,
-                        far,
-                        member,
-                        MEMBERS,
-                        AXES,
-                        ROTARY,
-                    )
-                    around = tl.where(far[None, :], constant[:, None] + one_by_one, around)
-            bytes_of = tl.trans(packed[tile].to(tl.int8, bitcast=True))
-            sums = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
-            for run in tl.static_range(RUNS):
-                codes = codes_of(bytes_of, run, BITS, INTERPRETED)
-                sums = tl.dot(query_digits[run], codes, sums, out_dtype=tl.int32)
-            high, low = tl.split(tl.permute(tl.reshape(sums, (2, MEMBERS, TOKENS)), (1, 2, 0)))
-            logits = (256 * high + low).to(tl.float32) * slope[:, None] + offset[:, None]
-            logits *= tl.abs(scale[tile])[None, :]
-            logits += tl.where(centred[tile][None, :], around, 0.0)
-            by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
-            best = tl.max(by_chunk, axis=2)
-            total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
-            place = first_place + tile * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
-            chunk = page_index * PLACES - RESERVED + place
-            inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
-            to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-            mask = (member < GROUP)[:, None] & inside[None, :]
-            tl.store(to, best + log2_of(total, INTERPRETED), mask=mask)
+                    positions += (tl.load(at + on * PAGE, mask=centred, other=0),)  # type: ignore[assignment]
+            for on in tl.static_range(AXES):
+                # Without a mask, which costs more than what is loaded for nothing.
+                known = tl.minimum(positions[on], wave_positions - 1)
+                at_wave = item_waves + (on * wave_positions + known) * MEMBERS
+                around += tl.load(at_wave[None, :] + member[:, None])
+            if any_far:
+                largest = positions[0]
+                for on in tl.static_range(1, AXES):
+                    largest = tl.maximum(largest, positions[on])
+                far = centred & (largest >= wave_positions)
+                one_by_one = far_waves(
+                    harmonics + item * (ROTARY * MEMBERS),
+                    cos_sin,
+                    axis,
+                    positions,
+                    far,
+                    member,
+                    MEMBERS,
+                    AXES,
+                    ROTARY,
+                )
+                around = tl.where(far[None, :], constant[:, None] + one_by_one, around)
+        logits += tl.where(centred[None, :], around, 0.0)
+        by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
+        best = tl.max(by_chunk, axis=2)
+        total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
+        place = first_place + tl.arange(0, TILE_CHUNKS)
+        chunk = page_index * PLACES - RESERVED + place
+        inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
+        to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
+        tl.store(to, best + log2_of(total, INTERPRETED), mask=(member < GROUP)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
@@ -675,12 +663,11 @@ def sketch_options(
         "BITS": layout.sketch_bits,
         "SCALE_OFFSET": layout.scale_offset,
         "TILE_CHUNKS": TILE_CHUNKS,
-        "TILES": TILES,
         "INTERPRETED": bool(knobs.runtime.interpret),
         **dict(rope),
     }
     del constexprs["GROUP_PAD"]
-    return LaunchOptions(constexprs, num_warps=1, num_stages=1)
+    return LaunchOptions(constexprs, num_warps=1, num_stages=2)
 
 
 @functools.cache
@@ -745,8 +732,13 @@ def chunk_score(
     cos_sin = landmarks.rope.cos_sin if landmarks.rope else pool
     axis = landmarks.rope.axis if landmarks.rope else row_slot
     prepared = (work.digits, work.terms, work.harmonics, work.waves)
-    runs = 8 // layout.sketch_bits
-    prepare_kernel[(rows * heads, runs + (WAVE_PROGRAMS if landmarks.rope else 0))](
+    items = rows * heads
+    wave_positions = work.wave_positions(items)
+    programs = 8 // layout.sketch_bits
+    if landmarks.rope:
+        tiles = triton.cdiv(wave_positions, WAVE_TILE)
+        programs += min(max(ALL_WAVE_PROGRAMS // items, WAVE_PROGRAMS), tiles)
+    prepare_kernel[(items, programs)](
         query,
         pool,
         row_slot,
@@ -759,13 +751,13 @@ def chunk_score(
         *prepared,
         layer,
         interval,
-        work.wave_positions,
+        wave_positions,
         scale_log2,
         *strides,
         **prepare_options(*shape, layout, rope, pool.dtype).kwargs(),
     )
     options = sketch_options(*shape, layout, rope)
-    sketch_kernel[(rows * heads, layout.pages(work.max_chunks))](
+    sketch_kernel[(items, layout.pages(work.max_chunks))](
         pool,
         row_slot,
         row_len,
@@ -778,7 +770,7 @@ def chunk_score(
         layer,
         interval,
         work.max_chunks,
-        work.wave_positions,
+        wave_positions,
         decode.arena.stride(0),
         **options.kwargs(),
     )

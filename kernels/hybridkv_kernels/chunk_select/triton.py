@@ -113,7 +113,7 @@ def chunk_select_kernel(
     arriving_list = missing + item.to(tl.int64) * stride_chunks
     leaving_list = freed + item.to(tl.int64) * stride_chunks
     arena_row = arena + slot.to(tl.int64) * stride_arena
-    words = pool.to(tl.pointer_type(tl.int32)) + SLOT_INT
+    words = pool.to(tl.pointer_type(tl.int32))
     if PART < TILE:
         # Part by part, as the registers have no room for all. Until then the keys wait where the missing
         # chunks will be listed: the list never overtakes the chunks that were looked at. The barriers keep
@@ -128,7 +128,7 @@ def chunk_select_kernel(
         inside = index < chunks
         place = RESERVED + index
         page = arena_page(arena_row, landmarks + place // PLACES, inside, LAYERS * HEADS)
-        entry = words + (page * PAGE_INTS + place % PLACES)
+        entry = words + (page * PAGE_INTS + SLOT_INT + place % PLACES)
         hot_slot = tl.load(entry, mask=inside, other=-1)
         if PART < TILE:
             waiting = tl.load(arriving_list + index, mask=inside, other=-1)
@@ -164,7 +164,7 @@ def launch_options(
     """How `chunk_select_kernel` is compiled for a model's shape and the longest prompt."""
     tile = next_power_of_2(max_chunks)
     # The tile's keys are held in registers, and the many reductions cost more the more warps there are.
-    num_warps = 4 if tile <= 1024 else 8 if tile <= 4096 else 16
+    num_warps = 8 if tile <= 4096 else 16
     constexprs = {
         "PAGE": PAGE,
         "LAYERS": num_layers,
@@ -175,7 +175,7 @@ def launch_options(
         "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,
-        "PART": min(tile, num_warps * 256),
+        "PART": min(tile, 2048),
         # 64 weights a thread, at most.
         "MEMBERS": min(next_power_of_2(group), max(64 * 32 * num_warps // tile, 1)),
     }

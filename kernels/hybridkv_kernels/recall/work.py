@@ -9,8 +9,8 @@ from ..pages import PAGE, group_size, require
 from .landmarks import Landmarks
 from .layout import LandmarkLayout
 
-# Bytes that waves may take at most: tokens at later positions take longer.
-WAVE_BYTES = 256 * 2**20
+# Bytes that waves may take at most: tokens at positions that have no room take longer.
+WAVE_BYTES = 512 * 2**20
 # The least K of a tensor-core dot of bytes.
 LEAST_SPAN = 32
 
@@ -45,7 +45,9 @@ class RecallWork:
             centre, and the sum of its digits in each run.
         harmonics: [R*H, R, M] fp32, the query's product with the turned centre as weights of R/2 cosines,
             then of as many sines.
-        waves: [R*H, axes, P, M] fp32, the part of that product that each position on an axis has.
+        waves: fp32, for N rows in use [N*H, axes, P, M], the part of that product that each position on an
+            axis has; P as `wave_positions` says.
+        num_axes: of positions; 0 where the centre does not turn.
     """
 
     log_weight: Tensor
@@ -57,6 +59,7 @@ class RecallWork:
     terms: Tensor
     harmonics: Tensor
     waves: Tensor
+    num_axes: int
 
     @classmethod
     def create(
@@ -85,8 +88,7 @@ class RecallWork:
             runs, span = 8 // landmarks.layout.sketch_bits, span_pad(landmarks.layout)
         if landmarks is not None and landmarks.rope is not None:
             axes, rotary = landmarks.rope.num_axes, landmarks.rope.rotary_size
-        # One at least: what is beyond them is loaded and not used.
-        positions = max(min(max_chunks * PAGE, WAVE_BYTES // max(4 * items * axes * rows, 1)), 1)
+        entries = min(items * axes * max_chunks * PAGE * rows, WAVE_BYTES // 4)
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -103,7 +105,9 @@ class RecallWork:
             digits=torch.zeros(items, runs, 2, rows, span, dtype=torch.int8, device=device),
             terms=floats(items, 2 + runs, rows),
             harmonics=floats(items, rotary, rows),
-            waves=floats(items, axes, positions, rows),
+            # One position at least: what is beyond them is loaded and not used.
+            waves=floats(max(entries, items * axes * rows)),
+            num_axes=axes,
         )
 
     @property
@@ -111,7 +115,9 @@ class RecallWork:
         """C."""
         return self.missing.shape[1]
 
-    @property
-    def wave_positions(self) -> int:
-        """P."""
-        return self.waves.shape[2]
+    def wave_positions(self, items: int) -> int:
+        """P, positions of each of `items` items that have room: the fewer rows decode, the more."""
+        _, rotary, rows = self.harmonics.shape
+        if rotary == 0:
+            return 0
+        return min(self.max_chunks * PAGE, self.waves.numel() // (items * self.num_axes * rows))
