@@ -1,7 +1,7 @@
 """Writes docs/performance.md from the committed results: `python benchmarks/performance.py`.
 
-Every folder in benchmarks/results/performance is one machine: `kernels.json` of benchmarks/kernels.py, and
-`NAME/serve.json` of benchmarks/serve.py.
+Every folder in benchmarks/results/performance is one machine: `kernels.json` of benchmarks/kernels.py,
+`NAME/serve.json` of benchmarks/serve.py or engines.py, and `notes.md`, what there is to say of them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Machine:
     name: str
     kernels: Results | None
     servers: Mapping[str, Report]
+    notes: str = ""
 
     @property
     def device(self) -> str:
@@ -178,6 +179,7 @@ def read_machines(folder: Path) -> list[Machine]:
                 path.parent.name: Report.model_validate_json(path.read_text())
                 for path in sorted(place.glob("*/serve.json"))
             },
+            notes.read_text().strip() if (notes := place / "notes.md").exists() else "",
         )
         if machine.kernels is not None or machine.servers:
             machines.append(machine)
@@ -213,7 +215,7 @@ def _head() -> Iterator[str]:
     yield "# Performance: what compression saves, and what it costs"
     yield ""
     yield "Written by `python benchmarks/performance.py` from `benchmarks/results/performance`; do not edit."
-    yield "Those files are made by `benchmarks/kernels.py` and `benchmarks/serve.py`, on a GPU through"
+    yield "Those files are made by `benchmarks/kernels.py`, `serve.py` and `engines.py`, on a GPU through"
     yield "`tools/gpu_check.sh`. A ratio compares two figures of one run on one machine; a result unlike the"
     yield "torch reference's gets none. Kernels are replayed as a CUDA graph, over more data than the"
     yield "cache holds; the end of a prefill is launched from Python, as it is in a server."
@@ -240,6 +242,9 @@ def _goals(machines: Sequence[Machine]) -> Iterator[str]:
 def _machine(machine: Machine, plots: Path) -> Iterator[str]:
     yield f"## {machine.device}"
     yield ""
+    if machine.notes:
+        yield machine.notes
+        yield ""
     if machine.kernels is not None:
         yield from _kernels(machine.kernels, machine.name, plots)
     for name, report in machine.servers.items():
@@ -285,11 +290,20 @@ def _servers(report: Report, machine: str, name: str, plots: Path) -> Iterator[s
     settings = report.settings
     yield f"### Servers: {name}"
     yield ""
-    yield (
+    told = (
         f"{report.created_at:%Y-%m-%d}, commit {_commit(report.environment)}. Stock vLLM and "
-        f"hybridkv (budget {settings['budget']}, tier {settings['dynamic_tier']}) in KV memory for "
-        f"{settings['prompts_in_memory']} conversations of {settings['prompt_tokens']} visual tokens."
+        f"hybridkv (budget {settings['budget']}, tier {settings['dynamic_tier']})"
     )
+    if "prompts" in settings:
+        yield f"{told} in one process each, on prompts of {settings['prompt_tokens']} {settings['prompts']}."
+        if settings["dynamic_tier"] != "off":
+            missed = "; ".join(f"{name}: {value}" for name, value in settings.items() if "missed" in name)
+            yield f"Share of the heads that recall: {settings['recalling']}; of the chosen chunks, {missed}."
+    else:
+        yield (
+            f"{told} in KV memory for {settings['prompts_in_memory']} conversations of "
+            f"{settings['prompt_tokens']} visual tokens."
+        )
     if "CPU" in report.environment.device:
         yield "Here hybridkv runs its torch references: how many decode at once counts, times do not."
     yield ""

@@ -50,6 +50,7 @@ def write_results(folder: Path, device: str) -> None:
     report = Report(
         environment=environment(device), settings=settings, figures=both, comparisons=list(compare(both))
     )
+    (folder / "notes.md").write_text("**What bounds it**: the link.\n")
     (folder / "pruned").mkdir()
     (folder / "pruned" / "serve.json").write_text(report.model_dump_json())
 
@@ -72,6 +73,7 @@ def test_goals_are_held_against_the_card_they_are_for(tmp_path: Path) -> None:
     assert rows[layer] == ["at least 7", "8.00", "yes"]
     assert rows["time a token, 32 x 32k, all heads pruned"] == ["at least 3", "2.50", "no"]
     assert rows["time a token, 32 x 32k, recall from the host"][:2] == ["at least 2.3", "not measured"]
+    assert "## NVIDIA H200\n\n**What bounds it**: the link.\n\n### Kernels" in page
     # Where stock has room for everybody nothing is said of concurrency.
     assert rows["requests of 32k that decode at once"][:2] == ["at least 7", "not measured"]
     assert "Where another library is faster: dense: speed against fa3 on all" in page
