@@ -72,7 +72,7 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
     parser.add_argument(
         "--large-budget",
         type=_numbers,
-        default=[0.5] if on_gpu else [],
+        default=[0.6] if on_gpu else [],
         help="more budgets for `decode` of pruned heads, so that a launch reads a gigabyte",
     )
     parser.add_argument("--skew", type=_numbers, default=[1.0, 16.0] if on_gpu else [4.0])

@@ -90,10 +90,10 @@ def _fits(sizes: Mapping[str, Any], case: Mapping[str, Any]) -> bool:
 
 GOALS = (
     Goal(
-        "decode kernel, a gigabyte a launch, bytes over time, against a copy on the device",
+        "decode kernel, about a gigabyte a launch, bytes over time, against a copy on the device",
         "decode: bytes over time / bandwidth of a copy",
         0.85,
-        {"batch": 32, "prompt": 32768, "budget": 0.5},
+        {"batch": 32, "prompt": 32768, "budget": (0.5, 0.6)},
     ),
     Goal("the same on uncompressed rows, against FlashAttention 3", "dense: speed against fa3 on all", 0.95),
     Goal(
