@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 BATCH, FULL = "batch", "full"
-# Folders of the results, by tier: as serve.py's on a GPU are called.
-FOLDERS = {"off": "pruned", "gpu": "recalling_gpu", "host": "recalling"}
+# What heads do, by tier, in the names of folders.
+HEADS = {"off": "pruned", "gpu": "recalling_gpu", "host": "recalling"}
 WARM_UP_STEPS = 8
 # Steps without a new first token after which no more requests get in.
 PATIENCE = 24
@@ -326,8 +326,9 @@ def main() -> int:
                 if comparison.scenario == BATCH or comparison.what in COUNTS
             ],
         )
-        write(report, args.out / FOLDERS[engine])
-        plot(report, args.out / FOLDERS[engine])
+        folder = args.out / "_".join(("engines", HEADS[engine], *args.scenarios.split(",")))
+        write(report, folder)
+        plot(report, folder)
         _print(report, engine, console)
     return int(failed)
 

@@ -65,7 +65,7 @@ part() {
       run engines 40 python3 benchmarks/engines.py --model "$MODEL" --load-format dummy --scenarios batch \
         --out "$OUT/performance"
       run engines_full 20 python3 benchmarks/engines.py --model "$MODEL" --load-format dummy --scenarios full \
-        --dynamic-tiers off --out "$OUT/performance/full"
+        --dynamic-tiers off --out "$OUT/performance"
       ;;
     # One, and 32 answers at once, while nothing else goes on.
     pruned) servers pruned --scenarios batch --clients 1,32 --prompts-in-memory 32 --dynamic-tier off ;;

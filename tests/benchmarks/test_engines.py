@@ -21,7 +21,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = tmp_path / "results" / "small"
     monkeypatch.setattr("sys.argv", [*arguments, "--out", str(machine)])
     assert engines.main() == 0
-    report = Report.model_validate_json((machine / "recalling" / "serve.json").read_text())
+    report = Report.model_validate_json((machine / "engines_recalling_batch_full" / "serve.json").read_text())
     decoding = {(f.server, f.scenario, f.clients): f.decoding_at_once for f in report.figures}
     assert decoding["stock", "batch", 2] == decoding["hybridkv", "batch", 2] == 2
     # Three prompts' memory: as many decode in stock, and more where a quarter stays.

@@ -600,7 +600,6 @@ def _shape(num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayou
         "LAYERS": num_layers,
         "HEADS": num_kv_heads,
         "GROUP": group,
-        "GROUP_PAD": GROUP_PAD,
         "HEAD_SIZE": layout.head_size,
         "PLACES": layout.places,
         "RESERVED": layout.reserved,
@@ -631,6 +630,7 @@ def prepare_options(
     constexprs = {
         **_shape(num_layers, num_kv_heads, group, layout),
         **_sketch_shape(layout, group),
+        "GROUP_PAD": GROUP_PAD,
         "COLUMNS": max(next_power_of_2(axes * members(group)), GROUP_PAD),
         "HEAD_PAD": head_pad,
         "PART": min(head_pad, 128),
@@ -666,7 +666,6 @@ def sketch_options(
         "INTERPRETED": bool(knobs.runtime.interpret),
         **dict(rope),
     }
-    del constexprs["GROUP_PAD"]
     return LaunchOptions(constexprs, num_warps=1, num_stages=2)
 
 
@@ -679,6 +678,7 @@ def bound_options(
     constexprs = {
         "KIND": layout.kind,
         **_shape(num_layers, num_kv_heads, group, layout),
+        "GROUP_PAD": GROUP_PAD,
         "HEAD_PAD": next_power_of_2(layout.head_size),
         "DATA_ELEMENTS": layout.data_bytes // layout.itemsize,
         "TILE_CHUNKS": 16 if full else 64,
