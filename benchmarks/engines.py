@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridkv_vllm.plan import PAGE_TOKENS
+from hybridkv_vllm.profile import HeadProfile
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -117,20 +118,17 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         [MOVING if (head + layer) % heads < args.recalling * heads else STILL for head in range(heads)]
         for layer in range(layers)
     ]
-    profile = Path(tempfile.mkdtemp()) / "profile.json"
-    profile.write_text(
-        json.dumps(
-            {
-                "model": args.model,
-                "tasks": ["none"],
-                "tokens": args.prompt_tokens,
-                "prompts": 1,
-                "share": args.budget,
-                "moving": moving,
-            }
-        )
+    profile = HeadProfile(
+        model=args.model,
+        tasks=["none"],
+        tokens=args.prompt_tokens,
+        prompts=1,
+        share=args.budget,
+        moving=moving,
     )
-    return options | {"profile": str(profile), "theta": THETA}
+    path = args.figures.with_name("profile.json")
+    path.write_text(profile.model_dump_json())
+    return options | {"profile": str(path), "theta": THETA}
 
 
 def _text_config(model: str) -> dict[str, Any]:

@@ -359,22 +359,12 @@ def far_waves(
 
 
 @triton.jit
-def exp2_of(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """2^x without care for results that are denormal."""
+def by_hardware(x: tl.tensor, OP: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """2^x for `ex2`, log2 of x for `lg2`: one instruction, which takes denormal numbers for 0."""
     if INTERPRETED:
-        return tl.exp2(x)
+        return tl.exp2(x) if OP == "ex2" else tl.log2(x)
     return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def log2_of(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """log2 of x, which is at least 1: by the hardware, not by a polynomial."""
-    if INTERPRETED:
-        return tl.log2(x)
-    return tl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        f"{OP}.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
@@ -513,12 +503,16 @@ def sketch_kernel(
         logits += tl.where(centred[None, :], around, 0.0)
         by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
         best = tl.max(by_chunk, axis=2)
-        total = tl.sum(exp2_of(by_chunk - best[:, :, None], INTERPRETED), axis=2)
+        total = tl.sum(by_hardware(by_chunk - best[:, :, None], "ex2", INTERPRETED), axis=2)
         place = first_place + tl.arange(0, TILE_CHUNKS)
         chunk = page_index * PLACES - RESERVED + place
         inside = (place < PLACES) & (chunk >= 0) & (chunk < chunks)
         to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-        tl.store(to, best + log2_of(total, INTERPRETED), mask=(member < GROUP)[:, None] & inside[None, :])
+        tl.store(
+            to,
+            best + by_hardware(total, "lg2", INTERPRETED),
+            mask=(member < GROUP)[:, None] & inside[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
