@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.profile import HeadProfile
 
 if TYPE_CHECKING:
+    from torch import nn
     from vllm import LLM
 
 BATCH, FULL = "batch", "full"
@@ -61,6 +63,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--dynamic-tiers", default="off,host", help="of off,gpu,host")
     parser.add_argument("--recalling", type=float, default=0.5, help="share of the heads that recall")
+    parser.add_argument(
+        "--still",
+        type=int,
+        default=12,
+        help="pairs of a query's dimensions to zero, those that turn fastest: random weights give them "
+        "as much as others, and steps choose other chunks than a model's would (12 of 64: 3%% of them)",
+    )
     parser.add_argument("--host-pool-gib", type=float, default=40)
     parser.add_argument("--scenarios", default=f"{BATCH},{FULL}")
     parser.add_argument("--clients", default="1,32", help="of `batch`")
@@ -102,7 +111,21 @@ def start(args: argparse.Namespace) -> LLM:
     if args.engine != STOCK:
         settings["attention_backend"] = "hybridkv"
         settings["additional_config"] = {"hybridkv": _options(args)}
-    return LLM(args.model, **settings)
+    llm = LLM(args.model, **settings)
+    llm.apply_model(partial(still_queries, pairs=args.still))
+    return llm
+
+
+def still_queries(model: nn.Module, pairs: int) -> None:
+    """Zeroes the weights that give each query's first `pairs` pairs of dimensions, in all layers."""
+    for module in model.modules():
+        projection = getattr(module, "qkv_proj", None)
+        if projection is None or not hasattr(module, "rotary_emb"):
+            continue
+        for weight in (projection.weight, projection.bias):
+            if weight is not None:
+                halves = weight.data[: module.q_size].unflatten(0, (-1, 2, module.head_dim // 2))
+                halves[:, :, :pairs] = 0
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def make_scene(rows: int, chunks: int, hot: int, device: torch.device) -> Scene:
         (heads * chunks).expand(rows, 1, -1).contiguous(),
         torch.arange(rows * store_blocks, dtype=torch.int32, device=device).view(rows, -1),
         torch.full((rows,), chunks * PAGE, dtype=torch.int32, device=device),
-        torch.full((rows,), chunks * PAGE, dtype=torch.int32, device=device),
     )
     tier = HostTier.create(num_bytes, HEAD_SIZE, DTYPE, device)
     slots = torch.arange(rows, dtype=torch.int32, device=device)

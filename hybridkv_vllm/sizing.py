@@ -16,8 +16,6 @@ from hybridkv_vllm.shapes import GIB, MIB, Gpu, ModelShape, Workload
 
 # Tokens of the question behind the pictures, all of which every head keeps.
 QUESTION = 32
-# M-RoPE's.
-POSITION_AXES = 3
 # Any value will do: it is the same for all heads, so static ones share evenly.
 EVEN_SPARSITY = 0.9
 
@@ -190,9 +188,8 @@ def _recall(shape: ModelShape, heads: int, arena_size: int, workload: Workload) 
     chunks = workload.context // PAGE_TOKENS
     if workload.tier == "off" or arena_size >= chunks:
         return 0, 0
-    layout = LandmarkLayout(workload.landmark, shape.head_size, shape.itemsize, POSITION_AXES)
-    positions = layout.position_pages(chunks) if layout.sketch_bits else 0
-    pages = arena_size * heads - positions
+    layout = LandmarkLayout(workload.landmark, shape.head_size, shape.itemsize)
+    pages = arena_size * heads
     window = max(0, QUESTION - workload.context % PAGE_TOKENS)
     limits = recall_limits(pages, heads, chunks, layout.pages(chunks), window)
     if limits is None:

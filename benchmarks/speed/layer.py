@@ -12,22 +12,20 @@ from hybridkv_kernels.extent_decode import DecodePlan, DecodeTables
 from hybridkv_kernels.landmark_build import landmark_build
 from hybridkv_kernels.pages import Backend
 from hybridkv_kernels.recall.chunks import hot_slot_entries, store_pages
-from hybridkv_kernels.recall.landmarks import Landmarks, Rope
+from hybridkv_kernels.recall.landmarks import Landmarks
 from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_kernels.recall.reading import arena_pages
 from hybridkv_kernels.recall.tables import STORE_BLOCK, RecallTables
 from hybridkv_kernels.recall.work import RecallWork
+from hybridkv_kernels.recall_decode import RecallPlan
 from torch import Tensor
 
 # Qwen2.5-VL-7B's attention.
 KV_HEADS, QUERY_HEADS, HEAD_SIZE = 4, 28, 128
-MROPE_SECTION, ROPE_THETA = (16, 24, 24), 1e6
 DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 # Hot chunks of a recalling head, where its share of the budget is no more than its landmarks.
 LEAST_HOT = 8
-# Tokens of a picture each way: prompts are of nothing but pictures.
-PICTURE = 32
 # Tokens generated so far are 1 to this many, so that rows' lengths differ.
 MOST_GENERATED = 16
 
@@ -106,6 +104,7 @@ class Layer:
         ordinary: the same requests, not compressed.
         row_slot, row_len: `[batch]` int32.
         plan: for either tables; to be updated.
+        recall_plan: of a step whose heads recall; likewise.
         recall, landmarks, work, store: of recalling heads; `store` is None for tier `gpu`.
         owner: what has to live as long as the store.
     """
@@ -118,6 +117,7 @@ class Layer:
     row_slot: Tensor
     row_len: Tensor
     plan: DecodePlan
+    recall_plan: RecallPlan
     recall: RecallTables
     landmarks: Landmarks
     work: RecallWork
@@ -169,30 +169,13 @@ class Layer:
         return replace(self, pool=self.pool.clone(), work=deepcopy(self.work))
 
 
-def mrope(prompt: int, device: torch.device) -> Rope:
-    """The model's rope, for positions up to a prompt's end."""
-    frequency = ROPE_THETA ** -(torch.arange(0, HEAD_SIZE, 2, device=device) / HEAD_SIZE)
-    angle = torch.arange(prompt + MOST_GENERATED + 1, device=device)[:, None] * frequency
-    sections = torch.tensor(MROPE_SECTION)
-    axis = torch.repeat_interleave(torch.arange(len(MROPE_SECTION)), sections).int().to(device)
-    return Rope(torch.cat((angle.cos(), angle.sin()), dim=-1), axis, len(MROPE_SECTION), is_neox=True)
-
-
-def picture_positions(prompt: int, device: torch.device) -> Tensor:
-    """`[3, prompt]` int32 M-RoPE positions of square pictures, each of which begins after the one before."""
-    token = torch.arange(prompt, dtype=torch.int32, device=device)
-    first = token // PICTURE**2 * PICTURE
-    inside = token % PICTURE**2
-    return torch.stack((first, first + inside // PICTURE, first + inside % PICTURE))
-
-
-def head_pages(case: Case, landmark_pages: int, position_pages: int) -> tuple[list[int], int]:
+def head_pages(case: Case, landmark_pages: int) -> tuple[list[int], int]:
     """Pages of a request's pruned heads, the longest first, and hot chunks of each that recalls.
 
     Raises:
         CaseError: the budget does not hold all that.
     """
-    pages = max(1, round(case.budget * case.chunks)) * KV_HEADS - position_pages * (case.recalling > 0)
+    pages = max(1, round(case.budget * case.chunks)) * KV_HEADS
     hot = min(max(LEAST_HOT, pages // KV_HEADS - landmark_pages), case.chunks)
     pruned = KV_HEADS - case.recalling
     left = pages - case.recalling * (landmark_pages + hot)
@@ -216,16 +199,15 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         ImportError: of vLLM, which maps host memory for the device, with tier `host`.
     """
     torch.manual_seed(seed)
-    landmarks = Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device, mrope(case.prompt, device))
-    layout = landmarks.layout
-    landmark_pages, position_pages = layout.pages(case.chunks), layout.position_pages(case.chunks)
-    pruned, hot = head_pages(case, landmark_pages, position_pages)
+    landmarks = Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device)
+    landmark_pages = landmarks.layout.pages(case.chunks)
+    pruned, hot = head_pages(case, landmark_pages)
 
     extents = torch.zeros(case.batch, 1, KV_HEADS, 2, dtype=torch.int32)
     chunk_first = torch.full((case.batch, 1, KV_HEADS), -1, dtype=torch.int32)
     most_pages = 0
     for row in range(case.batch):
-        used = position_pages * (case.recalling > 0)
+        used = 0
         for number in range(KV_HEADS):
             # Which heads recall, and which are long, differs from row to row.
             head = (number + row) % KV_HEADS
@@ -251,7 +233,6 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         chunk_first.to(device),
         torch.arange(case.batch * store_blocks, dtype=torch.int32, device=device).view(case.batch, -1),
         prompt_len,
-        torch.full_like(prompt_len, int(picture_positions(case.prompt, device).max()) + 1),
     )
     zeros = torch.zeros_like(extents).to(device)
     store, owner = None, None
@@ -266,6 +247,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         rows,
         prompt_len + 1 + rows % MOST_GENERATED,
         DecodePlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
+        RecallPlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
         recall,
         landmarks,
         RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, landmarks, case.chunks, case.batch, device),
@@ -294,7 +276,6 @@ def source_pages(layer: Layer, row: int, head: int) -> Tensor:
 def _begin_recall(layer: Layer, hot: int) -> None:
     """Writes landmarks, fills the store and the hot slots, and lets the first step choose."""
     case, device = layer.case, layer.pool.device
-    positions = picture_positions(case.prompt, device)
     for row in range(case.batch):
         dest = torch.full((1, KV_HEADS, case.prompt), -1, dtype=torch.int32, device=device)
         heads = (layer.recall.chunk_first[row, 0] >= 0).nonzero().flatten().tolist()
@@ -314,7 +295,6 @@ def _begin_recall(layer: Layer, hot: int) -> None:
             layer.recall.chunk_first[row],
             dest,
             layer.landmarks,
-            positions,
         )
     layer.run_recall("auto")
 

@@ -13,6 +13,7 @@ from hybridkv_kernels.chunk_score import chunk_score
 from hybridkv_kernels.chunk_select import chunk_select
 from hybridkv_kernels.extent_decode import DecodeTables, extent_decode
 from hybridkv_kernels.pages import Backend
+from hybridkv_kernels.recall_decode import recall_decode
 from torch import Tensor
 
 from speed.forward import make_forward, prefill
@@ -155,24 +156,40 @@ def gather(layer: Layer, backend: str) -> Prepared:
 
 
 def step(layer: Layer, backend: str) -> Prepared:
-    """A decode step of a layer: score, choose and fetch where heads recall, then attention."""
+    """A decode step of a layer: score, choose and fetch where heads recall, and attend."""
     attention = decode(layer, backend)
     if not layer.case.recalling:
         return attention
     misses = find_misses(layer)
     fetched = misses.slot.numel() * layer.landmarks.layout.page_bytes
+    out = torch.full_like(layer.query, torch.nan)
+    layer.recall_plan.update(layer.row_slot, layer.row_len, layer.compressed, layer.recall)
 
     def run() -> None:
         make_missing(layer, misses)
-        layer.run_recall(cast("Backend", backend))
-        attention.run()
+        recall_decode(
+            layer.query,
+            layer.pool,
+            out,
+            layer.store,
+            layer.row_slot,
+            layer.row_len,
+            layer.compressed,
+            layer.recall,
+            0,
+            SCALE,
+            layer.landmarks,
+            layer.work,
+            layer.recall_plan,
+            backend=cast("Backend", backend),
+        )
 
     def poison() -> None:
-        attention.poison()
+        out.fill_(torch.nan)
         _spoil(layer, misses)
 
     num_bytes = attention.num_bytes + layer.landmark_bytes + fetched
-    return Prepared(run, attention.result, num_bytes, poison)
+    return Prepared(run, lambda: out, num_bytes, poison)
 
 
 def _spoil(layer: Layer, misses: Misses) -> None:

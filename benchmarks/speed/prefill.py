@@ -28,8 +28,6 @@ from speed.layer import (
     SCALE,
     Case,
     CaseError,
-    mrope,
-    picture_positions,
 )
 from speed.prepared import Prepared
 
@@ -187,9 +185,8 @@ def _recall_state(case: Case, options: ServerOptions, layers: int, device: torch
     return RecallState.create(
         CacheShape(layers, KV_HEADS, QUERY_HEADS, HEAD_SIZE),
         options,
-        Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device, mrope(case.prompt, device)),
+        Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device),
         host,
-        lambda slot, tokens: picture_positions(tokens, device),
         slots=1,
         max_rows=1,
         max_chunks=case.chunks,
@@ -275,7 +272,6 @@ def move(prompt: Prompt, backend: str) -> Prepared:
 def landmarks(prompt: Prompt, backend: str) -> Prepared:
     """The landmarks of all heads that recall."""
     recall = prompt.recall
-    positions = picture_positions(prompt.case.prompt, prompt.pool.device)
     row = torch.zeros(1, dtype=torch.int32, device=prompt.pool.device)
 
     def run() -> None:
@@ -287,7 +283,6 @@ def landmarks(prompt: Prompt, backend: str) -> Prepared:
             prompt.chunk_first,
             prompt.dest,
             recall.landmarks,
-            positions,
             backend=cast("Backend", backend),
         )
 

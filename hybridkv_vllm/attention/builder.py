@@ -34,8 +34,8 @@ class DecodeRows:
         tokens: their place in the step's token order.
         row_slot: `[n]` int32, request slot, -1 for padding.
         row_len: `[n]` int32, tokens visible including the row's own.
-        work: how the kernel splits them; None for the torch backend.
-        recalls: whether heads recall the chunks that these tokens need.
+        work: how the kernel splits them; None for the torch backend, and where heads recall.
+        recalls: whether heads recall the chunks that these tokens need, as the recall's own plan says.
     """
 
     tokens: slice
@@ -101,11 +101,15 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         metadata = HybridKVMetadata()
         if num_decodes:
             row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]
-            if tables.work is not None:
-                tables.work.update(row_slot, row_len, tables.decode)
-            recalls = tables.recall is not None
+            recall, work = tables.recall, tables.work
+            if recall is not None:
+                work = None
+                if recall.plan is not None:
+                    recall.plan.update(row_slot, row_len, tables.decode, recall.tables)
+            elif work is not None:
+                work.update(row_slot, row_len, tables.decode)
             tokens = slice(0, num_decodes)
-            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, tables.work, recalls))
+            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, work, recall is not None))
         if num_decodes < common.num_reqs:
             self._add_prompt_rows(metadata, common, tables, num_decodes)
         return metadata

@@ -150,15 +150,17 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         for decode in attn_metadata.decodes:
             if decode.recalls:
                 assert tables.recall is not None
-                tables.recall.recall(
+                tables.recall.decode(
                     query[decode.tokens],
                     tables.pool,
+                    output[decode.tokens],
                     decode.row_slot,
                     decode.row_len,
                     tables.decode,
                     self._layer,
                     self.scale,
                 )
+                continue
             extent_decode(
                 query[decode.tokens],
                 tables.pool,

@@ -138,15 +138,14 @@ class PrefillEnd:
         """Chooses what stays and moves it into the arena; after the last layer wrote its keys and values."""
         self._timer.mark()
         plan, tables, shape, recall = self.plan, self._tables, self._tables.shape, self._recall
-        positions = 0 if recall is None else recall.position_pages
         selection = self._policy.select(
             self._scores(slice(None)),
             Verdict.join(self._verdicts),
-            plan.arena_size * shape.num_layers * shape.num_kv_heads - positions,
+            plan.arena_size * shape.num_layers * shape.num_kv_heads,
             self._options.policy_options(),
             None if recall is None else recall.recall(),
         )
-        extents = torch.stack((selection.first_page + positions, selection.lengths), dim=-1).to(torch.int32)
+        extents = torch.stack((selection.first_page, selection.lengths), dim=-1).to(torch.int32)
         dest = selection.dest()
         blocks = tables.decode.blocks[self._slot, : plan.num_full_blocks]
         arena = tables.decode.arena[self._slot, : plan.arena_size]

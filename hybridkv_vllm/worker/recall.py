@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from hybridkv_kernels import Backend
 from hybridkv_kernels.chunk_offload import chunk_offload
-from hybridkv_kernels.chunk_recall import chunk_recall
 from hybridkv_kernels.extent_decode import DecodeTables
 from hybridkv_kernels.landmark_build import landmark_build
 from hybridkv_kernels.recall.landmarks import Landmarks
 from hybridkv_kernels.recall.tables import STORE_BLOCK, RecallTables
 from hybridkv_kernels.recall.work import RecallWork
+from hybridkv_kernels.recall_decode import RecallPlan, recall_decode
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -27,9 +26,6 @@ from hybridkv_vllm.worker.tables import CacheShape
 NO_ROOM_FOR_LANDMARKS = "landmarks_do_not_fit"
 NO_ROOM_ON_HOST = "host_pool_full"
 
-ReadPositions = Callable[[int, int], Tensor]
-"""(slot, n) to the positions [axes, n] of the prompt's first n tokens, on the device."""
-
 
 @dataclass
 class RecallState:
@@ -38,21 +34,21 @@ class RecallState:
     Attributes:
         tables: which heads recall, and where their chunks are.
         work: buffers of one layer's recall.
+        plan: how the running step's decode is split over programs; None where the kernels in use need none.
         landmarks: what describes a chunk.
         tier: the host tier; None where chunks stay in the prompt's blocks.
         options: the server's.
         backend: kernel backend, `triton` or `torch`.
-        read_positions: None where a token's position is its index, or is not needed.
         stream: where chunks go to the host while later layers compute; None on a CPU.
     """
 
     tables: RecallTables
     work: RecallWork
+    plan: RecallPlan | None
     landmarks: Landmarks
     tier: HostTier | None
     options: ServerOptions
     backend: Backend
-    read_positions: ReadPositions | None
     stream: torch.cuda.Stream | None
 
     @classmethod
@@ -62,7 +58,6 @@ class RecallState:
         options: ServerOptions,
         landmarks: Landmarks,
         tier: HostTier | None,
-        read_positions: ReadPositions | None,
         *,
         slots: int,
         max_rows: int,
@@ -85,13 +80,22 @@ class RecallState:
             ),
             store_blocks=torch.zeros(slots, columns, dtype=torch.int32, device=device),
             prompt_len=torch.zeros(slots, dtype=torch.int32, device=device),
-            position_end=torch.zeros(slots, dtype=torch.int32, device=device),
         )
         work = RecallWork.create(
             max_rows, shape.num_kv_heads, shape.num_query_heads, landmarks, max_chunks, slots, device
         )
         stream = torch.cuda.Stream(device) if device.type == "cuda" and tier is not None else None
-        return cls(tables, work, landmarks, tier, options, backend, read_positions, stream)
+        plan = None
+        if backend == "triton":
+            plan = RecallPlan.create(
+                max_rows,
+                shape.num_layers,
+                shape.num_kv_heads,
+                shape.num_query_heads,
+                shape.head_size,
+                device,
+            )
+        return cls(tables, work, plan, landmarks, tier, options, backend, stream)
 
     def reset(self, slot: int) -> None:
         """The slot's request is gone: none of its heads recalls, its host memory is free."""
@@ -99,20 +103,22 @@ class RecallState:
         if self.tier is not None:
             self.tier.release(slot)
 
-    def recall(
+    def decode(
         self,
         query: Tensor,
         pool: Tensor,
+        out: Tensor,
         row_slot: Tensor,
         row_len: Tensor,
         decode: DecodeTables,
         layer: int,
         scale: float,
     ) -> None:
-        """Makes the chunks hot that one layer's decode rows need; see `chunk_recall`."""
-        chunk_recall(
+        """One layer's decode rows, with the chunks that they need; see `recall_decode`."""
+        recall_decode(
             query,
             pool,
+            out,
             self.tier.store if self.tier is not None else None,
             row_slot,
             row_len,
@@ -122,6 +128,7 @@ class RecallState:
             scale,
             self.landmarks,
             self.work,
+            self.plan,
             interval=self.options.recall_interval,
             pin_first=self.options.pin_first_chunks,
             pin_recent=self.options.pin_recent_chunks,
@@ -138,7 +145,6 @@ class RecallBeginning:
 
     Attributes:
         reservation: the request's store blocks; None where chunks stay in the prompt's blocks.
-        position_pages: arena pages that the tokens' positions take, before all heads' pages.
         store_end: `[L, H]` int32, once finished: the store page after the head's last one, 0 of a head that
             found no room in the tier. Of heads that recall, and of those that do not after all.
     """
@@ -163,13 +169,11 @@ class RecallBeginning:
         self._most_heads = most_heads
         layout = state.landmarks.layout
         self._landmark_pages = layout.pages(self._chunks)
-        self.position_pages = layout.position_pages(self._chunks)
         self._heads: list[Tensor] = []
         device = state.tables.chunk_first.device
         self._next_chunk = torch.zeros((), dtype=torch.int32, device=device)
         self.reservation: Reservation | None = None
         state.tables.prompt_len[slot].fill_(plan.num_tokens)
-        state.tables.position_end[slot].fill_(plan.num_tokens)
         if state.tier is not None:
             wanted = shape.num_layers * shape.num_kv_heads * self._chunks
             self.reservation = state.tier.reserve(slot, wanted)
@@ -249,11 +253,6 @@ class RecallBeginning:
         self.store_end = torch.where(chunk_first >= 0, chunk_first + self._chunks, 0)
         # A copy still under way may see it: it is of no use to a head that does not recall.
         chunk_first.masked_fill_(~recalled, -1)
-        positions = None
-        if state.landmarks.layout.position_axes:
-            assert state.read_positions is not None
-            positions = state.read_positions(self._slot, dest.shape[-1]).to(torch.int32).contiguous()
-            state.tables.position_end[self._slot].copy_(positions.max() + 1)
         landmark_build(
             pool,
             blocks,
@@ -262,7 +261,6 @@ class RecallBeginning:
             chunk_first,
             dest,
             state.landmarks,
-            positions,
             backend=state.backend,
         )
         if state.stream is not None:
@@ -282,7 +280,7 @@ def begin_recall(
     chunks = plan.num_full_blocks
     layout = state.landmarks.layout
     heads = shape.num_layers * shape.num_kv_heads
-    pages = plan.arena_size * heads - layout.position_pages(chunks)
+    pages = plan.arena_size * heads
     # The window's last tokens are in the prompt's partial block, which stays in the tail.
     window = max(0, plan.window - plan.num_tokens % PAGE_TOKENS)
     limits = recall_limits(pages, heads, chunks, layout.pages(chunks), window)

@@ -30,7 +30,6 @@ from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
 from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks
 from hybridkv_vllm.worker.recall import RecallState
-from hybridkv_vllm.worker.rope import find_rope
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
 
 # Long enough for a few tiles of every kernel.
@@ -127,8 +126,7 @@ class HybridKVModelState(DefaultModelState):
         options = impl.options
         if options.recall_tier == "off":
             return None
-        rope = find_rope(self.model, self.rope_state.num_dims if self.rope_state is not None else 1)
-        landmarks = Landmarks.create(options.landmark_kind, shape.head_size, pool.dtype, self.device, rope)
+        landmarks = Landmarks.create(options.landmark_kind, shape.head_size, pool.dtype, self.device)
         if options.recall_tier == "host":
             ranks = local_ranks(self.vllm_config.parallel_config)
             num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
@@ -145,7 +143,6 @@ class HybridKVModelState(DefaultModelState):
             options,
             landmarks,
             self._host_tier,
-            None if self.rope_state is None else self.rope_state.read_prefill_positions,
             slots=slots,
             max_rows=self.max_num_reqs,
             max_chunks=max(self.vllm_config.model_config.max_model_len // PAGE_TOKENS, 1),

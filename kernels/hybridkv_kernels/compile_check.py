@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import triton
@@ -76,9 +76,8 @@ KERNEL_MODULES = (
     "window_scores.triton",
 )
 
-POOL_TYPED = {"cos_sin", "query", "key", "value", "pool", "store", "out"}
+POOL_TYPED = {"query", "key", "value", "pool", "store", "out"}
 FLOAT_POINTERS = {
-    "harmonics",
     "log_weight",
     "mass",
     "votes",
@@ -90,12 +89,10 @@ FLOAT_POINTERS = {
     "partial_lse",
     "rotation",
     "terms",
-    "waves",
 }
 INDEX_POINTERS = {
     "arena",
     "arena_blocks",
-    "axis",
     "blocks",
     "chunk_first",
     "dest",
@@ -104,8 +101,6 @@ INDEX_POINTERS = {
     "missing",
     "num_missing",
     "offsets",
-    "position_end",
-    "positions",
     "prompt_len",
     "row_len",
     "row_slot",
@@ -188,7 +183,8 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
         yield "chunk_select.triton", "chunk_select_kernel", select
     yield from _landmark_kernels(dtype, head_size, group)
     yield "compact.triton", "compact_kernel", compact.fused.launch_options(*heads, head_size, dtype)
-    yield "extent_decode.plan", "plan_kernel", plan.launch_options(*heads)
+    for part in get_args(plan.Part):
+        yield "extent_decode.plan", "plan_kernel", plan.launch_options(*heads, part)
     yield "extent_decode.triton", "decode_kernel", decode
     yield "extent_decode.triton", "merge_kernel", merge
     yield "window_scores.triton", "statistics_kernel", window
@@ -199,28 +195,17 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
 def _landmark_kernels(
     dtype: torch.dtype, head_size: int, group: int
 ) -> Iterator[tuple[str, str, LaunchOptions]]:
-    """What builds and scores landmarks: by kind, and for sketches by the model's rope."""
+    """What builds and scores landmarks, by kind."""
     heads = (NUM_LAYERS, NUM_KV_HEADS)
     build, score = "landmark_build.triton", "chunk_score.triton"
-    no_rope = landmark_build.fused.rope_constants(None)
-    for kind in ("mean", "minmax"):
+    for kind in get_args(LandmarkKind):
         layout = LandmarkLayout(kind, head_size, dtype.itemsize)
-        launch = landmark_build.fused.launch_options(*heads, layout, no_rope)
-        yield build, "landmark_kernel", launch
-        yield score, "bound_kernel", chunk_score.fused.bound_options(*heads, group, layout, dtype)
-    ropes: tuple[tuple[bool, int], ...] = ((True, 3), (False, 1))
-    sketches: tuple[LandmarkKind, ...] = ("sketch", "sketch2")
-    for is_neox, axes in ropes:
-        rope = (("ROPE", True), ("NEOX", is_neox), ("AXES", axes), ("ROTARY", head_size))
-        for sketch in sketches:
-            layout = LandmarkLayout(sketch, head_size, dtype.itemsize, axes if axes > 1 else 0)
-            options = chunk_score.fused.sketch_options(*heads, group, layout, rope)
-            prepare = chunk_score.fused.prepare_options(*heads, group, layout, rope, dtype)
-            yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout, rope)
-            yield score, "prepare_kernel", prepare
-            yield score, "sketch_kernel", options
-        # To these the other kind of sketch differs in numbers only.
-        yield build, "centre_kernel", landmark_build.fused.centre_options(*heads, layout, rope)
+        yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout)
+        if layout.sketch_bits:
+            yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout)
+            yield score, "sketch_kernel", chunk_score.fused.sketch_options(*heads, group, layout)
+        else:
+            yield score, "bound_kernel", chunk_score.fused.bound_options(*heads, group, layout, dtype)
 
 
 def package_kernels() -> set[tuple[str, str]]:

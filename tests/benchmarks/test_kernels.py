@@ -141,13 +141,13 @@ def test_a_step_misses_as_many_chunks_as_asked(missed: float) -> None:
 
 
 def test_pages_of_heads_fill_the_budget() -> None:
-    pruned, hot = head_pages(Case(1, 4096, 0.25, skew=8.0, dynamic=0.5), landmark_pages=20, position_pages=3)
+    pruned, hot = head_pages(Case(1, 4096, 0.25, skew=8.0, dynamic=0.5), landmark_pages=20)
     assert len(pruned) == KV_HEADS // 2
     assert pruned[0] / pruned[1] == pytest.approx(8, rel=0.1)
-    used = 3 + sum(pruned) + 2 * (20 + hot)
+    used = sum(pruned) + 2 * (20 + hot)
     assert used == 4 * 64
     with pytest.raises(CaseError, match="larger budget"):
-        head_pages(Case(1, 4096, 0.05, dynamic=0.5), landmark_pages=20, position_pages=3)
+        head_pages(Case(1, 4096, 0.05, dynamic=0.5), landmark_pages=20)
     with pytest.raises(CaseError, match="multiple of 16"):
         Case(1, 100)
 

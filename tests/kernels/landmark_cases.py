@@ -7,7 +7,7 @@ import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.extent_decode import DecodeTables
 from hybridkv_kernels.landmark_build import landmark_build
-from hybridkv_kernels.recall.landmarks import Landmarks, Rope
+from hybridkv_kernels.recall.landmarks import Landmarks
 from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_kernels.recall.tables import STORE_BLOCK, RecallTables
 from hybridkv_kernels.recall.work import RecallWork
@@ -15,46 +15,11 @@ from kernel_cases import nan_pool
 from torch import Tensor
 
 
-def make_rope(
-    head_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    rotary: int | None = None,
-    axes: int = 3,
-    is_neox: bool = True,
-    positions: int = 600,
-    factor: float = 1.0,
-) -> Rope:
-    """A rope like Qwen2.5-VL's (axes 3) or a text model's (axes 1), of base 10,000."""
-    rotary = head_size if rotary is None else rotary
-    frequency = 10_000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-    angle = torch.arange(positions)[:, None] * frequency
-    table = (torch.cat((angle.cos(), angle.sin()), dim=-1) * factor).to(dtype).to(device)
-    # A quarter of the frequencies for time, the rest by halves for height and width, as in the real model.
-    axis = torch.tensor([0, 1, 2])[torch.linspace(0.5, 2.99, rotary // 2).long()] if axes == 3 else None
-    on_axis = torch.zeros(rotary // 2) if axis is None else axis
-    return Rope(table, on_axis.int().to(device), axes, is_neox)
-
-
-def picture_positions(tokens: int, axes: int, device: torch.device) -> Tensor:
-    """Positions [axes, tokens] of text, then a picture 8 tokens wide, then text."""
-    if axes == 1:
-        return torch.arange(tokens, dtype=torch.int32, device=device)[None]
-    text = tokens // 4
-    inside = torch.arange(tokens - 2 * text)
-    picture = torch.stack((torch.full_like(inside, text), text + inside // 8, text + inside % 8))
-    start = int(picture.max()) + 1
-    before = torch.arange(text).expand(3, -1)
-    after = (start + torch.arange(text)).expand(3, -1)
-    return torch.cat((before, picture, after), dim=1).int().to(device)
-
-
 @dataclass
 class RecallCase:
     """Prompts in a pool: [slot][layer, head] keys [T', D], and which heads recall.
 
-    The arena of each slot holds positions, then every head's landmarks and hot slots. The hot slots hold the
+    The arena of each slot holds every head's landmarks and hot slots. The hot slots hold the
     chunks of `hot` in ascending order. Everything that is nobody's is NaN.
     """
 
@@ -62,7 +27,6 @@ class RecallCase:
     decode: DecodeTables
     recall: RecallTables
     landmarks: Landmarks
-    positions: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
     hot: list[Tensor]
@@ -75,7 +39,7 @@ class RecallCase:
         work = RecallWork.create(
             rows, heads, heads * group, self.landmarks, chunks + 1, rows, self.pool.device
         )
-        for buffer in (work.log_weight, work.terms, work.harmonics, work.waves):
+        for buffer in (work.log_weight, work.terms):
             buffer.fill_(math.nan)
         return work
 
@@ -91,40 +55,21 @@ class RecallCase:
         if kind == "minmax":
             logits = torch.maximum(q * chunked.amin(1), q * chunked.amax(1)).sum(-1)
             return logits / math.log(2)
-        rope, rotation = self.landmarks.rope, self.landmarks.rotation
+        rotation = self.landmarks.rotation
         assert rotation is not None
-        if rope is None:
-            around = keys.mean(0).expand_as(keys)
-        else:
-            wide = Rope(rope.cos_sin.double(), rope.axis, rope.num_axes, rope.is_neox)
-            centre = turn(wide, keys, self.positions[slot], inverse=True).mean(0)
-            around = turn(wide, centre.expand_as(keys), self.positions[slot])
-        centred = ((keys - around) ** 2).sum(-1, keepdim=True) < (keys**2).sum(-1, keepdim=True)
-        around = torch.where(centred, around, 0)
-        rest = (keys - around) @ rotation.double()
+        of_page = chunked.split(self.landmarks.layout.places)
+        around = torch.cat([chunks.mean((0, 1)).expand(chunks.shape).flatten(0, 1) for chunks in of_page])
+        around = around @ rotation.double()
+        step = around.abs().amax(-1, keepdim=True) / 127
+        around = (around / step).round() * step
+        rest = keys @ rotation.double() - around
         levels = (rest > 0).double() * 2 - 1
         if kind == "sketch2":
             levels *= torch.where(rest.abs() > rest.abs().mean(-1, keepdim=True), 1.5, 0.5)
         scales = ((rest**2).sum(-1) / (rest * levels).sum(-1)).half().double()
-        estimate = around @ q + scales * (levels @ (q @ rotation.double()))
+        rotated = q @ rotation.double()
+        estimate = around @ rotated + scales * (levels @ rotated)
         return estimate.view(-1, PAGE).logsumexp(-1) / math.log(2)
-
-
-def turn(rope: Rope, vectors: Tensor, positions: Tensor, *, inverse: bool = False) -> Tensor:
-    """Vectors [T, D] rotated to positions [axes, T], a frequency at a time."""
-    result = vectors.clone()
-    half = rope.rotary_size // 2
-    for i in range(half):
-        at = positions[rope.axis[i]].long()
-        cos, sin = rope.cos_sin[at, i], rope.cos_sin[at, half + i]
-        a, b = (i, i + half) if rope.is_neox else (2 * i, 2 * i + 1)
-        x, y = vectors[:, a], vectors[:, b]
-        if inverse:
-            norm = cos * cos + sin * sin
-            result[:, a], result[:, b] = (x * cos + y * sin) / norm, (y * cos - x * sin) / norm
-        else:
-            result[:, a], result[:, b] = x * cos - y * sin, y * cos + x * sin
-    return result
 
 
 def recall_case(
@@ -135,7 +80,6 @@ def recall_case(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    rope: Rope | None = None,
     hot: int = 2,
     backend: Backend = "torch",
     keys: list[Tensor] | None = None,
@@ -144,13 +88,10 @@ def recall_case(
     """Lays out prompts of these lengths, [slot][L][H] heads recalling, and builds their landmarks."""
     layers, heads = len(recalling[0]), len(recalling[0][0])
     block_pages = layers * heads
-    landmarks = Landmarks.create(kind, head_size, dtype, device, rope)
+    landmarks = Landmarks.create(kind, head_size, dtype, device)
     layout = landmarks.layout
     counts = [tokens // PAGE for tokens in prompts]
-    arena_sizes = [
-        -(-(layout.position_pages(n) + block_pages * (layout.pages(n) + hot + 1)) // block_pages)
-        for n in counts
-    ]
+    arena_sizes = [layout.pages(n) + hot + 1 for n in counts]
     width, columns = max(counts) + tail_pages, max(arena_sizes)
     ids = (torch.randperm(len(prompts) * (width + columns)) + 1).int()
     pool = nan_pool(len(ids) + 1, layers, heads, head_size, dtype, device)
@@ -166,18 +107,15 @@ def recall_case(
     decode = DecodeTables(
         extents, arena, torch.tensor([n * PAGE for n in counts], dtype=torch.int32, device=device), blocks
     )
-    axes = rope.num_axes if rope is not None else 1
-    ends = [int(picture_positions(n * PAGE, axes, torch.device("cpu")).max()) + 1 for n in counts]
-    prompt_len, position_end = torch.tensor([prompts, ends], dtype=torch.int32, device=device)
-    recall = RecallTables(chunk_first, store_blocks, prompt_len, position_end)
-    case = RecallCase(pool, decode, recall, landmarks, [], [], [], [], store)
+    prompt_len = torch.tensor(prompts, dtype=torch.int32, device=device)
+    recall = RecallTables(chunk_first, store_blocks, prompt_len)
+    case = RecallCase(pool, decode, recall, landmarks, [], [], [], store)
     for slot, n in enumerate(counts):
         tokens = n * PAGE
         own = torch.randn(layers, heads, tokens, head_size) if keys is None else keys[slot]
         values = torch.randn(layers, heads, tokens, head_size)
         case.keys.append(own.to(dtype).to(device))
         case.values.append(values.to(dtype).to(device))
-        case.positions.append(picture_positions(tokens, axes, device))
         pages = (blocks[slot, :n].long() * block_pages)[:, None] + torch.arange(block_pages, device=device)
         both = torch.cat((case.keys[slot], case.values[slot]), dim=-1).view(
             block_pages, n, PAGE, 2 * head_size
@@ -185,8 +123,7 @@ def recall_case(
         pool[pages] = both.transpose(0, 1)
         chosen = torch.randperm(n)[:hot].sort().values.to(device)
         case.hot.append(chosen)
-        next_page = layout.position_pages(n)
-        next_chunk = 0
+        next_page = next_chunk = 0
         dest = torch.full((layers, heads, tokens), -1, dtype=torch.int32, device=device)
         for layer in range(layers):
             for head in range(heads):
@@ -214,7 +151,6 @@ def recall_case(
             chunk_first[slot],
             dest,
             landmarks,
-            case.positions[slot] if layout.position_axes else None,
             backend,
         )
     return case

@@ -59,7 +59,7 @@ class RecallCase:
         """Physical page and int32 within it that hold a chunk's hot slot."""
         layout = self.layout
         first = int(self.decode.extents[(*head, 0)]) - layout.pages(len(self.chunks[head]))
-        page, place = divmod(layout.reserved + chunk, layout.places)
+        page, place = divmod(chunk, layout.places)
         return self.arena_page(head[0], first + page), layout.slot_offset // INDEX_BYTES + place
 
     def put(self, pool: Tensor, head: tuple[int, int, int], chunk: int, hot_slot: int) -> None:
@@ -132,7 +132,6 @@ def recall_case(
     recall = RecallTables(
         torch.full((slots, layers, heads), -1, dtype=torch.int32, device=device),
         store_ids.to(device),
-        index(prompt_lens, device),
         index(prompt_lens, device),
     )
     # Longer than any prompt, and not a round number.

@@ -151,14 +151,13 @@ def test_pages_past_two_billion_elements(backend: Backend, with_store: bool, dev
         index([7], device).view(1, 1, 1),
         index([pages // STORE_BLOCK - 1], device)[None],
         index([48], device),
-        index([48], device),
     )
     work = RecallWork.create(1, 1, 1, None, 3, 1, device)
     work.num_missing[0], work.missing[0, 0] = 1, 2
     chunk_gather(pool, store, index([0], device), decode, recall, 0, layout, work, backend)
     assert torch.equal(pool[arena[1]], page)
     landmarks = bits(pool[arena[0]]).flatten()
-    assert landmarks[layout.slot_offset // 4 + layout.reserved + 2] == 0
+    assert landmarks[layout.slot_offset // 4 + 2] == 0
 
 
 def test_refuses_what_does_not_fit(device: torch.device) -> None:

@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
-from hybridkv_kernels.chunk_recall import chunk_recall
-from hybridkv_kernels.extent_decode import DecodePlan, extent_decode
+from hybridkv_kernels.extent_decode import extent_decode
 from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_kernels.recall.reading import arena_pages
+from hybridkv_kernels.recall_decode import RecallPlan, recall_decode
 from kernel_cases import assert_close, strided_heads
-from landmark_cases import RecallCase, make_rope, recall_case
+from landmark_cases import RecallCase, recall_case
 from torch import Tensor
 
 PROMPTS = [16 * 21 + 5, 16 * 12, 16 * 17 + 15]
@@ -107,9 +107,7 @@ def generate(
     plan = None
     if backend == "triton":
         heads = generation.heads
-        plan = DecodePlan.create(
-            len(PROMPTS) + 1, 1, heads, heads * GROUP, HEAD_SIZE, case.pool.device, target_programs=4
-        )
+        plan = RecallPlan.create(len(PROMPTS) + 1, 1, heads, heads * GROUP, HEAD_SIZE, case.pool.device)
     answers = []
     for step in range(steps):
         # With an interval all requests must go in step for `selects` to be the same for all rows.
@@ -120,9 +118,12 @@ def generate(
             len(row_slot), generation.heads * GROUP, HEAD_SIZE, case.pool.dtype, case.pool.device
         )
         out = torch.full_like(query, math.nan)
-        chunk_recall(
+        if plan is not None:
+            plan.update(row_slot, row_len, case.decode, case.recall)
+        recall_decode(
             query,
             case.pool,
+            out,
             case.store if tier == "host" else None,
             row_slot,
             row_len,
@@ -132,23 +133,39 @@ def generate(
             HEAD_SIZE**-0.5,
             case.landmarks,
             work,
+            plan,
             interval=interval,
             backend=backend,
-        )
-        if plan is not None:
-            plan.update(row_slot, row_len, case.decode)
-        extent_decode(
-            query, case.pool, out, row_slot, row_len, case.decode, 0, HEAD_SIZE**-0.5, plan, backend
         )
         generation.check(row_slot, query, out, selects=step % interval == 0)
         answers.append(out)
     return answers
 
 
+def test_each_plan_attends_its_own_heads(device: torch.device) -> None:
+    """So neither waits for the other; padding goes with the heads that recall nothing."""
+    case = make_case("mean", 3, device)
+    heads, generation = case.decode.num_kv_heads, Generation(case)
+    row_slot, row_len = generation.grow([0, 1, 2])
+    query = torch.randn(4, heads * GROUP, HEAD_SIZE, device=device)
+    plan = RecallPlan.create(4, 1, heads, heads * GROUP, HEAD_SIZE, device)
+    plan.update(row_slot, row_len, case.decode, case.recall)
+    recalls = torch.tensor(
+        [[False, False], *([generation.recalls(slot, h) for h in range(2)] for slot in range(3))]
+    )
+    for part, wanted in ((plan.static, ~recalls), (plan.recalling, recalls)):
+        out = torch.full_like(query, math.nan)
+        extent_decode(query, case.pool, out, row_slot, row_len, case.decode, 0, 1.0, part, backend="triton")
+        written = ~out.view(4, heads, -1).isnan()
+        assert torch.equal(written.all(-1).cpu(), wanted)
+        assert torch.equal(written.any(-1).cpu(), wanted)
+    with pytest.raises(ValueError, match="plan of recalling heads needs chunk_first"):
+        plan.recalling.update(row_slot, row_len, case.decode)
+
+
 def make_case(kind: LandmarkKind, hot: int, device: torch.device, prompts: list[int] = PROMPTS) -> RecallCase:
-    rope = make_rope(HEAD_SIZE, torch.float32, device)
     return recall_case(
-        prompts, RECALLING, kind, HEAD_SIZE, torch.float32, device, rope=rope, hot=hot, tail_pages=TAIL_PAGES
+        prompts, RECALLING, kind, HEAD_SIZE, torch.float32, device, hot=hot, tail_pages=TAIL_PAGES
     )
 
 

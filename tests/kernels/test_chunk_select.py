@@ -255,10 +255,8 @@ def test_pages_past_two_billion_elements(backend: Backend, device: torch.device)
         index([64], device),
         index([0], device)[None],
     )
-    recall = RecallTables(
-        index([0], device).view(1, 1, 1), index([0], device)[None], index([64], device), index([64], device)
-    )
-    entries = pool[last].view(torch.int32).flatten()[layout.slot_offset // 4 + layout.reserved :][:4]
+    recall = RecallTables(index([0], device).view(1, 1, 1), index([0], device)[None], index([64], device))
+    entries = pool[last].view(torch.int32).flatten()[layout.slot_offset // 4 :][:4]
     entries.copy_(index([-1, 1, 0, -1], device))
     work = RecallWork.create(1, 1, 1, None, 4, 1, device)
     work.log_weight[0, 0] = torch.tensor([3.0, 0.0, 2.0, 1.0])
@@ -304,9 +302,7 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     case.recall = replace(case.recall, chunk_first=chunk_first[:, :1].contiguous())
     with pytest.raises(ValueError, match="chunk_first"):
         select(case, 0, "torch")
-    case.recall = RecallTables(
-        chunk_first, case.recall.store_blocks, case.recall.prompt_len, case.recall.position_end
-    )
+    case.recall = RecallTables(chunk_first, case.recall.store_blocks, case.recall.prompt_len)
     case.work = RecallWork.create(5, 3, 3, None, 70, len(case.prompt_lens), device)
     with pytest.raises(ValueError, match="more than the buffers"):
         select(case, 0, "torch")

@@ -53,7 +53,6 @@ def test_pool_offsets_are_64_bit() -> None:
     assert {text.split()[0] for text in kernels} == {
         "bound_kernel",
         "cache_write_kernel",
-        "centre_kernel",
         "chunk_gather_kernel",
         "chunk_offload_kernel",
         "chunk_select_kernel",
@@ -61,7 +60,6 @@ def test_pool_offsets_are_64_bit() -> None:
         "compact_kernel",
         "decode_kernel",
         "landmark_kernel",
-        "prepare_kernel",
         "sketch_kernel",
         "statistics_kernel",
     }

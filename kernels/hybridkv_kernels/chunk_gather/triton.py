@@ -41,7 +41,6 @@ def chunk_gather_kernel(
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
-    RESERVED: tl.constexpr,
     PAGE_INTS: tl.constexpr,
     PAGE_PAD: tl.constexpr,
     SLOT_INT: tl.constexpr,
@@ -56,9 +55,9 @@ def chunk_gather_kernel(
     if tl.program_id(1) >= count:
         return
     slot, chunks, _, landmarks, first_chunk = recalling_head(
-        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
-    first = landmarks + tl.cdiv(chunks + RESERVED, PLACES)
+    first = landmarks + tl.cdiv(chunks, PLACES)
     slot = slot.to(tl.int64)
     arena_row = arena + slot * stride_arena
     item_lists = item.to(tl.int64) * stride_chunks
@@ -78,9 +77,8 @@ def chunk_gather_kernel(
         data = tl.load(page + element, mask=element < PAGE_INTS)
         target = arena_page(arena_row, first + hot_slot, hot_slot >= 0, BLOCK_PAGES)
         tl.store(words + target * PAGE_INTS + element, data, mask=element < PAGE_INTS)
-        place = RESERVED + chunk
-        landmark = arena_page(arena_row, landmarks + place // PLACES, chunk >= 0, BLOCK_PAGES)
-        tl.store(words + (landmark * PAGE_INTS + SLOT_INT + place % PLACES), hot_slot)
+        landmark = arena_page(arena_row, landmarks + chunk // PLACES, chunk >= 0, BLOCK_PAGES)
+        tl.store(words + (landmark * PAGE_INTS + SLOT_INT + chunk % PLACES), hot_slot)
 
 
 @functools.cache
@@ -94,7 +92,6 @@ def launch_options(
         "LAYERS": num_layers,
         "HEADS": num_kv_heads,
         "PLACES": layout.places,
-        "RESERVED": layout.reserved,
         "PAGE_INTS": page_ints,
         "PAGE_PAD": next_power_of_2(page_ints),
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,

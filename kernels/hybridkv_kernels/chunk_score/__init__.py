@@ -34,7 +34,7 @@ def chunk_score(
 
     `work.log_weight[row*H + head, g, c]` becomes log2 of the sum over the chunk's tokens of
     `2^(log2(e) * scale * estimate)`. The estimate of a query's product with a key is: for sketches the
-    query's product with the centre, exact, plus the rotated query's with the scaled levels; for `mean` its
+    rotated query's product with the page's mean key, plus that with the token's scaled levels; for `mean` its
     product with the mean key; for `minmax` the largest product that the bounds allow (Quest). Rows that are
     padding, heads that do not recall, and rows that are not on a selecting step
     (`(row_len - 1 - prompt_len) % interval == 0`) are left alone.

@@ -67,7 +67,6 @@ def chunk_select_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PLACES: tl.constexpr,
-    RESERVED: tl.constexpr,
     PAGE_INTS: tl.constexpr,
     SLOT_INT: tl.constexpr,
     TILE: tl.constexpr,
@@ -77,7 +76,7 @@ def chunk_select_kernel(
     """Choose the hot chunks of item `program_id(0)`: the key of the last one is found digit by digit."""
     item = tl.program_id(0)
     slot, chunks, hot_slots, landmarks, _ = recalling_head(
-        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES, RESERVED
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
     start = tl.load(prompt_len + slot, mask=slot >= 0, other=0)
     step = tl.load(row_len + item // HEADS) - 1 - start
@@ -126,9 +125,8 @@ def chunk_select_kernel(
     for start in range(0, chunks, PART):
         index = start + tl.arange(0, PART)
         inside = index < chunks
-        place = RESERVED + index
-        page = arena_page(arena_row, landmarks + place // PLACES, inside, LAYERS * HEADS)
-        entry = words + (page * PAGE_INTS + SLOT_INT + place % PLACES)
+        page = arena_page(arena_row, landmarks + index // PLACES, inside, LAYERS * HEADS)
+        entry = words + (page * PAGE_INTS + SLOT_INT + index % PLACES)
         hot_slot = tl.load(entry, mask=inside, other=-1)
         if PART < TILE:
             waiting = tl.load(arriving_list + index, mask=inside, other=-1)
@@ -171,7 +169,6 @@ def launch_options(
         "HEADS": num_kv_heads,
         "GROUP": group,
         "PLACES": layout.places,
-        "RESERVED": layout.reserved,
         "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,

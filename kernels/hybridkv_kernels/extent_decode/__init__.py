@@ -30,6 +30,8 @@ def extent_decode(
     extent, and of the tail the positions `tail_start .. row_len[n]-1`. Rows of one slot may repeat with
     other lengths. A row that sees nothing, and a padding row, comes out as zeros.
 
+    A plan of a part of the heads leaves the outputs of the others alone.
+
     With Triton, `plan.update(row_slot, row_len, tables)` must have run, on the same stream and with the same
     N, since those tensors last changed; one update serves all layers. Nothing synchronises with the host and
     launch shapes depend only on N, so the call can be captured in a CUDA graph.

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -13,6 +14,9 @@ from ..pages import PAGE, check_index, group_size, require
 from .paging import head_lengths
 from .tables import DecodeTables
 
+Part = Literal["all", "static", "recalling"]
+"""Heads that a plan is for: all of them, those that recall no chunks, or the others."""
+
 # A split is a whole number of the decode kernel's tiles.
 SPLIT_GRANULE = 4
 # Without a GPU there is nothing to fill; a few programs exercise the same code.
@@ -21,12 +25,41 @@ CPU_TARGET_PROGRAMS = 16
 PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
+@triton.jit
+def planned_pages(
+    row_slot: tl.tensor,
+    row_len: tl.tensor,
+    extents: tl.tensor,
+    tail_start: tl.tensor,
+    chunk_first: tl.tensor,
+    item: tl.tensor,
+    items: tl.tensor,
+    layer: tl.tensor,
+    PAGE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PART: tl.constexpr,
+) -> tl.tensor:
+    """Pages of items that the plan is for, 0 of others, and which ones these are."""
+    slot, _, extent, _, tail = head_lengths(
+        row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
+    )
+    planned = item < items
+    if PART != "all":
+        head = (slot.to(tl.int64) * LAYERS + layer) * HEADS + item % HEADS
+        recalls = tl.load(chunk_first + head, mask=planned & (slot >= 0), other=-1) >= 0
+        planned = planned & (recalls == (PART == "recalling"))
+    pages = tl.cdiv(extent, PAGE) + tl.cdiv(tail, PAGE)
+    return tl.where(planned, pages, 0), planned
+
+
 @triton.jit(do_not_specialize=["items", "target_programs", "min_pages"])
 def plan_kernel(
     row_slot: tl.tensor,
     row_len: tl.tensor,
     extents: tl.tensor,
     tail_start: tl.tensor,
+    chunk_first: tl.tensor,
     offsets: tl.tensor,
     work: tl.tensor,
     items: tl.tensor,
@@ -38,6 +71,7 @@ def plan_kernel(
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
     GRANULE: tl.constexpr,
+    PART: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """Plan layer `program_id(0)`: two sweeps over its items, one for the total, one for the splits."""
@@ -45,10 +79,21 @@ def plan_kernel(
     pages_seen = tl.zeros((TILE,), tl.int32)
     for start in range(0, items, TILE):
         item = start + tl.arange(0, TILE)
-        _, _, extent, _, tail = head_lengths(
-            row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
+        pages, _ = planned_pages(
+            row_slot,
+            row_len,
+            extents,
+            tail_start,
+            chunk_first,
+            item,
+            items,
+            layer,
+            PAGE,
+            LAYERS,
+            HEADS,
+            PART,
         )
-        pages_seen += tl.cdiv(extent, PAGE) + tl.cdiv(tail, PAGE)
+        pages_seen += pages
     share = tl.maximum(tl.cdiv(tl.sum(pages_seen, axis=0), target_programs), min_pages)
     share = tl.cdiv(share, GRANULE) * GRANULE
 
@@ -57,12 +102,22 @@ def plan_kernel(
     used = 0
     for start in range(0, items, TILE):
         item = start + tl.arange(0, TILE)
-        _, _, extent, _, tail = head_lengths(
-            row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
+        pages, planned = planned_pages(
+            row_slot,
+            row_len,
+            extents,
+            tail_start,
+            chunk_first,
+            item,
+            items,
+            layer,
+            PAGE,
+            LAYERS,
+            HEADS,
+            PART,
         )
-        pages = tl.cdiv(extent, PAGE) + tl.cdiv(tail, PAGE)
         # One split at least: somebody has to write the zeros of a row that sees nothing.
-        splits = tl.where(item < items, tl.maximum(tl.cdiv(pages, share), 1), 0)
+        splits = tl.where(planned, tl.maximum(tl.cdiv(pages, share), 1), 0)
         offset = used + tl.cumsum(splits, axis=0) - splits
         tl.store(layer_offsets + item, offset, mask=item < items)
         for split in range(0, tl.max(splits, axis=0)):
@@ -72,13 +127,14 @@ def plan_kernel(
 
 
 @functools.cache
-def launch_options(num_layers: int, num_kv_heads: int) -> LaunchOptions:
+def launch_options(num_layers: int, num_kv_heads: int, part: Part = "all") -> LaunchOptions:
     """How `plan_kernel` is compiled for a model's shape."""
     constexprs = {
         "PAGE": PAGE,
         "LAYERS": num_layers,
         "HEADS": num_kv_heads,
         "GRANULE": SPLIT_GRANULE,
+        "PART": part,
         "TILE": 1024,
     }
     return LaunchOptions(constexprs, num_warps=8, num_stages=1)
@@ -92,6 +148,9 @@ class DecodePlan:
     done by program i, which finds its item in `work[layer, i]` and takes an equal part of its pages. There
     are never more than `rows*H + target_programs` splits.
 
+    A plan is for one part of the heads. The others have no splits, and the decode kernel leaves their outputs
+    alone: two plans divide a step.
+
     Attributes:
         offsets: [L, max_rows*H + 1] int32, exclusive prefix sums of the splits per item, then the total.
         work: [L, max_rows*H + target_programs] int32, the item of each split; stale past the total.
@@ -99,6 +158,7 @@ class DecodePlan:
         partial_lse: [max_rows*H + target_programs, G] fp32, log2 of the split's sum of exp2.
         target_programs: splits to aim at over all rows and heads of a layer.
         min_pages: least pages of a split.
+        part: heads that it is for; padding rows are with those that recall nothing.
         num_rows: N of the last update, 0 before the first.
     """
 
@@ -109,6 +169,7 @@ class DecodePlan:
     num_kv_heads: int
     target_programs: int
     min_pages: int
+    part: Part
     num_rows: int = 0
 
     @classmethod
@@ -122,6 +183,7 @@ class DecodePlan:
         device: torch.device | str,
         target_programs: int | None = None,
         min_pages: int = 8,
+        part: Part = "all",
     ) -> "DecodePlan":
         """Allocate the buffers of a plan for up to `max_rows` rows; head counts are those of this rank.
 
@@ -134,6 +196,7 @@ class DecodePlan:
             device: where the pool is.
             target_programs: splits to aim at per layer; by default 3 for each multiprocessor of the device.
             min_pages: least pages of a split, at least 1.
+            part: heads that the plan is for.
 
         Raises:
             ValueError: for heads that do not divide, or a size that is not positive.
@@ -157,6 +220,7 @@ class DecodePlan:
             num_kv_heads=num_kv_heads,
             target_programs=target_programs,
             min_pages=min_pages,
+            part=part,
         )
 
     @property
@@ -173,22 +237,29 @@ class DecodePlan:
         """The decode kernel's grid for N = `rows`: no step has more splits."""
         return rows * self.num_kv_heads + self.target_programs
 
-    def update(self, row_slot: Tensor, row_len: Tensor, tables: DecodeTables) -> None:
+    def update(
+        self, row_slot: Tensor, row_len: Tensor, tables: DecodeTables, chunk_first: Tensor | None = None
+    ) -> None:
         """Plan one step for all layers: one launch, no host sync, shapes that depend only on N.
 
         Args:
             row_slot: [N] int32, N <= max_rows, as `extent_decode` will get it.
             row_len: [N] int32, likewise.
             tables: the requests' tables.
+            chunk_first: [S, L, H] int32, -1 for a head that does not recall; for a plan of a part.
 
         Raises:
-            ValueError: for a shape or dtype that does not fit.
+            ValueError: for a shape or dtype that does not fit, or a plan of a part without `chunk_first`.
         """
         rows = row_slot.shape[0]
         check_index("row_slot", row_slot, torch.int32, rows)
         check_index("row_len", row_len, torch.int32, rows)
         self.num_rows = rows
         self._check_shape(rows, tables)
+        if self.part != "all":
+            if chunk_first is None:
+                raise ValueError(f"a plan of {self.part} heads needs chunk_first")
+            check_index("chunk_first", chunk_first, torch.int32, *tables.extents.shape[:3])
         if rows == 0:
             return
         plan_kernel[(self.num_layers,)](
@@ -196,6 +267,8 @@ class DecodePlan:
             row_len,
             tables.extents,
             tables.tail_start,
+            # What is not used is not read either: any pointer will do.
+            tables.tail_start if chunk_first is None else chunk_first,
             self.offsets,
             self.work,
             rows * self.num_kv_heads,
@@ -203,7 +276,7 @@ class DecodePlan:
             self.min_pages,
             self.offsets.stride(0),
             self.work.stride(0),
-            **launch_options(self.num_layers, self.num_kv_heads).kwargs(),
+            **launch_options(self.num_layers, self.num_kv_heads, self.part).kwargs(),
         )
 
     def check(self, rows: int, tables: DecodeTables, group: int, head_size: int) -> None:

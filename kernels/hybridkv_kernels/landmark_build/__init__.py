@@ -19,16 +19,15 @@ def landmark_build(
     chunk_first: Tensor,
     dest: Tensor,
     landmarks: Landmarks,
-    positions: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Write the landmarks of all layers' recalling heads of one prompt into the pages before their extents.
 
-    Also written: for each chunk the hot slot that holds it, and the tokens' positions where sketches need
-    them. A sketch is a level b for each dimension of r, the key less its head's centre in a random rotation,
-    and one scale for each token, `|r|^2 / (r . b)` (RaBitQ's rescale, Gao and Long 2024). With one bit b is
-    the sign of r; with two it is the sign times 3 where |r| is above the token's mean |r|, and times 1
-    elsewhere. The centre is the mean of the keys before the model's rope, and turns with the tokens.
+    Also written: for each chunk the hot slot that holds it. A sketch is a level b for each dimension of r,
+    the key less the mean of its landmark page's keys in a random rotation, and one scale for each token,
+    `|r|^2 / (r . b)` (RaBitQ's rescale, Gao and Long 2024). With one bit b is the sign of r; with two it is
+    the sign times 3 where |r| is above the token's mean |r|, and times 1 elsewhere. The mean is kept as int8
+    levels of one step, and what that rounds away is in r.
 
     Args:
         pool: [num_blocks*L*H, 16, 2*D], contiguous; bf16, fp16 or fp32; written in place.
@@ -38,8 +37,7 @@ def landmark_build(
         chunk_first: [L, H] int32, -1 for heads that do not recall, which are left alone.
         dest: [L, H, 16*n] int32, tokens' positions in the extents as for `compact`; -1 for a chunk that is
             not hot. A recalling head keeps whole chunks.
-        landmarks: kind, layout, rotation and rope.
-        positions: [axes, 16*n] int32, the tokens' positions; needed where `layout.position_axes` is not 0.
+        landmarks: kind, layout and rotation.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
 
     Raises:
@@ -57,14 +55,5 @@ def landmark_build(
     check_index("dest", dest, torch.int32, layers, heads, chunks * PAGE)
     if chunks == 0:
         return
-    if layout.position_axes:
-        if positions is None:
-            raise ValueError("sketches of this model need the tokens' positions")
-        require(positions.dtype == torch.int32, f"positions must be int32, not {positions.dtype}")
-        require(
-            positions.shape == (layout.position_axes, chunks * PAGE),
-            f"positions must be [{layout.position_axes}, {chunks * PAGE}], not {list(positions.shape)}",
-        )
-        naive.write_positions(pool, arena_blocks, positions, landmarks, layers * heads)
     build = fused.landmark_build if use_triton(backend, pool) else naive.landmark_build
-    build(pool, source_blocks, arena_blocks, extents, chunk_first, dest, landmarks, positions)
+    build(pool, source_blocks, arena_blocks, extents, chunk_first, dest, landmarks)

@@ -14,7 +14,7 @@ def hot_slot_entries(
 ) -> Tensor:
     """Where the landmarks of `heads` hold their hot slots: [Hr, chunks] indices into the pool's int32s."""
     pages = landmark_pages(slot, layer, heads, chunks, decode, layout)
-    place = layout.reserved + torch.arange(chunks, device=pages.device)
+    place = torch.arange(chunks, device=pages.device)
     first = (pages * layout.page_bytes + layout.slot_offset) // INDEX_BYTES
     return first[:, place // layout.places] + place % layout.places
 

@@ -10,7 +10,7 @@ LandmarkKind = Literal["sketch", "sketch2", "mean", "minmax"]
 
 INDEX_BYTES = 4
 SCALE_BYTES = 2
-CENTRE_BYTES = 4
+STEP_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,17 @@ class LandmarkLayout:
     """The bytes of a head's landmark pages, for pages of 16 tokens of one KV head.
 
     A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
-    (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, negative where the centre was
-    subtracted from the key, then the chunk's hot slot as int32 (-1 where it is not hot). A sketch's data is,
-    token by token, `span` bytes: byte j has the codes of dimensions j, j + span, j + 2 * span and so on, the
-    first in its lowest bits. Chunk c is at place `reserved + c` of the head's pages; the data of the reserved
-    places of the first page holds the centre, D fp32.
-
-    The positions of the prompt's tokens, int32, serve all heads and fill the arena's first logical pages,
-    where they are not simply the tokens' indices: of each chunk 16 for each axis, whole chunks to a page.
+    (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, then the chunk's hot slot as
+    int32 (-1 where it is not hot). A sketch's data is, token by token, `span` bytes: byte j has the codes of
+    dimensions j, j + span, j + 2 * span and so on, the first in its lowest bits. Chunk c is at place c of the
+    head's pages. Sketches are taken around the mean of the page's keys, which follows the places' fields: the
+    step of its levels, fp32, then D levels, int8, in the order of the rotated dimensions.
 
     Attributes:
         kind: `sketch` (a sign bit for each rotated dimension of each key), `sketch2` (two bits), `mean` (the
             mean key) or `minmax` (for each dimension the least and the largest value).
         head_size: D.
         itemsize: bytes of an element of the pool.
-        position_axes: axes of the positions that are kept; 0 where none are.
 
     Raises:
         ValueError: for a kind that does not exist, or a head size that is not supported.
@@ -41,7 +37,6 @@ class LandmarkLayout:
     kind: LandmarkKind
     head_size: int
     itemsize: int
-    position_axes: int = 0
 
     def __post_init__(self) -> None:
         require(self.kind in get_args(LandmarkKind), f"landmark kind {self.kind!r} does not exist")
@@ -74,15 +69,15 @@ class LandmarkLayout:
         """Bytes of one chunk's scales."""
         return PAGE * SCALE_BYTES if self.sketch_bits else 0
 
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of a page's mean key."""
+        return STEP_BYTES + self.head_size if self.sketch_bits else 0
+
     @cached_property
     def places(self) -> int:
         """Chunks that a page has room for."""
-        return self.page_bytes // (self.data_bytes + self.scale_bytes + INDEX_BYTES)
-
-    @cached_property
-    def reserved(self) -> int:
-        """Places of the first page that the centre takes."""
-        return -(-CENTRE_BYTES * self.head_size // self.data_bytes) if self.sketch_bits else 0
+        return (self.page_bytes - self.mean_bytes) // (self.data_bytes + self.scale_bytes + INDEX_BYTES)
 
     @property
     def scale_offset(self) -> int:
@@ -94,15 +89,11 @@ class LandmarkLayout:
         """First byte of a page's hot slots."""
         return self.scale_offset + self.places * self.scale_bytes
 
+    @property
+    def mean_offset(self) -> int:
+        """First byte of a page's mean key."""
+        return self.slot_offset + self.places * INDEX_BYTES
+
     def pages(self, num_chunks: int) -> int:
         """Pages that hold the landmarks of `num_chunks` chunks."""
-        return -(-(self.reserved + num_chunks) // self.places)
-
-    @property
-    def position_places(self) -> int:
-        """Chunks whose positions a page has room for."""
-        return self.page_bytes // (PAGE * INDEX_BYTES * max(self.position_axes, 1))
-
-    def position_pages(self, num_chunks: int) -> int:
-        """Arena pages that hold the positions of `num_chunks` chunks."""
-        return -(-num_chunks // self.position_places) if self.position_axes else 0
+        return -(-num_chunks // self.places)

@@ -16,7 +16,6 @@ def recalling_head(
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
-    RESERVED: tl.constexpr,
 ) -> tl.tensor:
     """(slot, chunks, hot slots, first logical landmark page, first logical store page) of an item.
 
@@ -31,7 +30,7 @@ def recalling_head(
     first = tl.load(extents + head * 2, mask=live, other=0)
     hot = tl.load(extents + head * 2 + 1, mask=live, other=0) // PAGE
     chunks = tl.load(prompt_len + slot, mask=live, other=0) // PAGE
-    landmarks = first - tl.cdiv(chunks + RESERVED, PLACES)
+    landmarks = first - tl.cdiv(chunks, PLACES)
     return slot, chunks, hot, landmarks, first_chunk
 
 

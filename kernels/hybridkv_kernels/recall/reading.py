@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
 from ..pages import PAGE
-from .layout import LandmarkLayout
+from .layout import STEP_BYTES, LandmarkLayout
 from .tables import RecallTables
 
 
@@ -46,15 +46,9 @@ def field(pool: Tensor, pages: Tensor, layout: LandmarkLayout, offset: int, size
     return raw[..., offset : offset + layout.places * size].unflatten(-1, (layout.places, size)).flatten(1, 2)
 
 
-def positions_of(
-    slot: int, chunks: int, pool: Tensor, decode: DecodeTables, layout: LandmarkLayout
-) -> Tensor:
-    """Positions [axes, 16 * chunks] int32 of a prompt's tokens."""
-    if not layout.position_axes:
-        return torch.arange(chunks * PAGE, dtype=torch.int32, device=pool.device)[None]
-    logical = torch.arange(layout.position_pages(chunks), device=pool.device)
-    pages = arena_pages(decode.arena[slot], logical, decode.num_layers * decode.num_kv_heads)
-    entries = layout.position_places * layout.position_axes * PAGE
-    raw = pool.view(torch.int32).flatten(1)[pages][:, :entries]
-    by_chunk = raw.reshape(-1, layout.position_axes, PAGE)[:chunks]
-    return by_chunk.transpose(0, 1).flatten(1)
+def page_means(pool: Tensor, pages: Tensor, layout: LandmarkLayout) -> Tensor:
+    """The mean of each landmark page's rotated keys, pages [Hr, n]: [Hr, n, D] fp32."""
+    raw = pool.view(torch.uint8).flatten(1)[pages]
+    raw = raw[..., layout.mean_offset : layout.mean_offset + layout.mean_bytes]
+    step, level = raw.split((STEP_BYTES, layout.head_size), dim=-1)
+    return step.contiguous().view(torch.float32) * level.contiguous().view(torch.int8).float()

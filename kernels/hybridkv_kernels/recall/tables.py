@@ -25,7 +25,6 @@ class RecallTables:
         chunk_first: [S, L, H] int32, -1 for a head that does not recall.
         store_blocks: [S, C] int32 ids of store blocks; C at least 1.
         prompt_len: [S] int32, T, tokens of the prompt.
-        position_end: [S] int32, one more than the largest position of a prompt token on any axis.
 
     Raises:
         ValueError: for a shape, dtype or stride that does not fit. Indices are not checked.
@@ -34,12 +33,10 @@ class RecallTables:
     chunk_first: Tensor
     store_blocks: Tensor
     prompt_len: Tensor
-    position_end: Tensor
 
     def __post_init__(self) -> None:
         slots = self.chunk_first.shape[0]
         check_index("chunk_first", self.chunk_first, torch.int32, slots, -1, -1)
         check_index("store_blocks", self.store_blocks, torch.int32, slots, -1)
         check_index("prompt_len", self.prompt_len, torch.int32, slots)
-        check_index("position_end", self.position_end, torch.int32, slots)
         require(self.store_blocks.shape[1] > 0, "store_blocks needs a column")

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pages import PAGE, group_size, require
+from ..pages import group_size, require
 from .landmarks import Landmarks
 from .layout import LandmarkLayout
 
-# Bytes that waves may take at most: tokens at positions that have no room take longer.
-WAVE_BYTES = 512 * 2**20
 # The least K of a tensor-core dot of bytes.
 LEAST_SPAN = 32
 
@@ -41,13 +39,7 @@ class RecallWork:
             that were missing.
         digits: [R*H, 8/bits, 2, M, K] int8, for sketches the rotated queries in steps of their own: of each
             run of dimensions that share a byte the high digits of M members, worth 256, then the low ones.
-        terms: [R*H, 2 + 8/bits, M] fp32, of each member its step, its product with what does not turn of the
-            centre, and the sum of its digits in each run.
-        harmonics: [R*H, R, M] fp32, the query's product with the turned centre as weights of R/2 cosines,
-            then of as many sines.
-        waves: fp32, for N rows in use [N*H, axes, P, M], the part of that product that each position on an
-            axis has; P as `wave_positions` says.
-        num_axes: of positions; 0 where the centre does not turn.
+        terms: [R*H, 1 + 8/bits, M] fp32, of each member its step, and the sum of its digits in each run.
     """
 
     log_weight: Tensor
@@ -57,9 +49,6 @@ class RecallWork:
     counters: Tensor
     digits: Tensor
     terms: Tensor
-    harmonics: Tensor
-    waves: Tensor
-    num_axes: int
 
     @classmethod
     def create(
@@ -83,12 +72,9 @@ class RecallWork:
             "every size of the recall buffers must be positive",
         )
         items = max_rows * num_kv_heads
-        rows, runs, span, axes, rotary = members(group), 0, 0, 0, 0
+        rows, runs, span = members(group), 0, 0
         if landmarks is not None and landmarks.layout.sketch_bits:
             runs, span = 8 // landmarks.layout.sketch_bits, span_pad(landmarks.layout)
-        if landmarks is not None and landmarks.rope is not None:
-            axes, rotary = landmarks.rope.num_axes, landmarks.rope.rotary_size
-        entries = min(items * axes * max_chunks * PAGE * rows, WAVE_BYTES // 4)
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -103,21 +89,10 @@ class RecallWork:
             freed=indices(items, max_chunks),
             counters=torch.zeros(slots, 2, dtype=torch.int64, device=device),
             digits=torch.zeros(items, runs, 2, rows, span, dtype=torch.int8, device=device),
-            terms=floats(items, 2 + runs, rows),
-            harmonics=floats(items, rotary, rows),
-            # One position at least: what is beyond them is loaded and not used.
-            waves=floats(max(entries, items * axes * rows)),
-            num_axes=axes,
+            terms=floats(items, 1 + runs, rows),
         )
 
     @property
     def max_chunks(self) -> int:
         """C."""
         return self.missing.shape[1]
-
-    def wave_positions(self, items: int) -> int:
-        """P, positions of each of `items` items that have room: the fewer rows decode, the more."""
-        _, rotary, rows = self.harmonics.shape
-        if rotary == 0:
-            return 0
-        return min(self.max_chunks * PAGE, self.waves.numel() // (items * self.num_axes * rows))

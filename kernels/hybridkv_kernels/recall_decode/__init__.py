@@ -1,0 +1,133 @@
+"""One layer's decode where heads recall: the other heads' attention runs beside the recall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..chunk_recall import chunk_recall
+from ..extent_decode import DecodePlan, DecodeTables, extent_decode
+from ..pages import Backend, use_triton
+from ..recall.landmarks import Landmarks
+from ..recall.tables import RecallTables
+from ..recall.work import RecallWork
+
+__all__ = ["RecallPlan", "recall_decode"]
+
+
+@dataclass(frozen=True)
+class RecallPlan:
+    """The plans of a step whose heads recall, and the stream on which the other heads are attended.
+
+    Attributes:
+        static: of the heads that recall nothing, which do not wait.
+        recalling: of those that recall.
+        beside: None without CUDA, where everything runs in order.
+    """
+
+    static: DecodePlan
+    recalling: DecodePlan
+    beside: torch.cuda.Stream | None
+
+    @classmethod
+    def create(
+        cls,
+        max_rows: int,
+        num_layers: int,
+        num_kv_heads: int,
+        num_q_heads: int,
+        head_size: int,
+        device: torch.device | str,
+    ) -> RecallPlan:
+        """Allocate both plans; the arguments are those of `DecodePlan.create`.
+
+        Raises:
+            ValueError: as there.
+        """
+        device = torch.device(device)
+        shape = (max_rows, num_layers, num_kv_heads, num_q_heads, head_size, device)
+        return cls(
+            DecodePlan.create(*shape, part="static"),
+            DecodePlan.create(*shape, part="recalling"),
+            torch.cuda.Stream(device) if device.type == "cuda" else None,
+        )
+
+    def update(self, row_slot: Tensor, row_len: Tensor, tables: DecodeTables, recall: RecallTables) -> None:
+        """Plan one step for all layers: two launches; see `DecodePlan.update`.
+
+        Raises:
+            ValueError: as there.
+        """
+        for plan in (self.static, self.recalling):
+            plan.update(row_slot, row_len, tables, recall.chunk_first)
+
+
+def recall_decode(
+    query: Tensor,
+    pool: Tensor,
+    out: Tensor,
+    store: Tensor | None,
+    row_slot: Tensor,
+    row_len: Tensor,
+    decode: DecodeTables,
+    recall: RecallTables,
+    layer: int,
+    scale: float,
+    landmarks: Landmarks,
+    work: RecallWork,
+    plan: RecallPlan | None,
+    *,
+    interval: int = 1,
+    pin_first: int = 0,
+    pin_recent: int = 0,
+    backend: Backend = "auto",
+) -> None:
+    """`chunk_recall`, then `extent_decode`, for N decode rows of one layer.
+
+    The arguments are theirs. With Triton, heads that recall nothing are attended on `plan.beside` meanwhile,
+    and the current stream waits for it at the end. Like its parts, the call can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: as these two, and with Triton for a plan that is missing.
+    """
+
+    def recall_chunks() -> None:
+        chunk_recall(
+            query,
+            pool,
+            store,
+            row_slot,
+            row_len,
+            decode,
+            recall,
+            layer,
+            scale,
+            landmarks,
+            work,
+            interval=interval,
+            pin_first=pin_first,
+            pin_recent=pin_recent,
+            backend=backend,
+        )
+
+    def attend(part: DecodePlan | None) -> None:
+        extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend)
+
+    if not use_triton(backend, pool):
+        recall_chunks()
+        attend(None)
+        return
+    if plan is None:
+        raise ValueError("the Triton backend needs a plan")
+    if plan.beside is None:
+        attend(plan.static)
+    else:
+        plan.beside.wait_stream(torch.cuda.current_stream(pool.device))
+        with torch.cuda.stream(plan.beside):
+            attend(plan.static)
+    recall_chunks()
+    attend(plan.recalling)
+    if plan.beside is not None:
+        torch.cuda.current_stream(pool.device).wait_stream(plan.beside)
