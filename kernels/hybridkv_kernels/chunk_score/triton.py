@@ -23,7 +23,7 @@ from ..recall.work import RecallWork, members, span_pad
 GROUP_PAD = 16
 # Chunks of a tile of scores, and columns of the tile of a page's mean, which has one of use.
 TILE_CHUNKS = 2
-MEAN_PAD = 16
+MEAN_PAD = 8
 # Most steps of a query's digits: two signed bytes, the higher one times 256.
 LARGEST_LEVEL = 32512
 
@@ -59,7 +59,8 @@ def prepare_kernel(
 ) -> None:
     """Rotate the query group of item `program_id(0)`; run `program_id(1)` of its dimensions, as digits.
 
-    No rotated dimension is larger than the query is long: so each run knows the step that all use.
+    No rotated dimension is larger than the query is long: so each run knows the step that all use. What is
+    read of a run's codes is its place in half a byte times as large, so the run's levels are as much smaller.
     """
     item = tl.program_id(0)
     slot = tl.load(row_slot + item // HEADS)
@@ -88,7 +89,8 @@ def prepare_kernel(
         rotated = tl.dot(q, turn, rotated, input_precision=FULL_PRECISION)
         squares += tl.sum(q * q, axis=1)
     step = tl.maximum(tl.sqrt(squares), 1e-30) / LARGEST_LEVEL
-    scaled = rotated / step[:, None]
+    weight = (1 << (run % (RUNS // 2) * (8 // RUNS))).to(tl.float32)
+    scaled = rotated / (step * weight)[:, None]
     level = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
     high = (level + 128) >> 8
     written = member < MEMBERS
@@ -98,7 +100,7 @@ def prepare_kernel(
     tl.store(to, high.to(tl.int8), mask=mask)
     tl.store(to + MEMBERS * SPAN_PAD, (level - 256 * high).to(tl.int8), mask=mask)
     to_terms = terms + item * ((1 + RUNS) * MEMBERS) + member
-    tl.store(to_terms + (1 + run) * MEMBERS, tl.sum(level, axis=1).to(tl.float32), mask=written)
+    tl.store(to_terms + (1 + run) * MEMBERS, weight * tl.sum(level, axis=1), mask=written)
     tl.store(to_terms, step, mask=written & (run == 0))
 
 
@@ -106,12 +108,14 @@ def prepare_kernel(
 def codes_of(
     packed: tl.tensor, run: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr
 ) -> tl.tensor:
-    """The codes at `run` of all bytes, as int8."""
+    """The codes at `run` of all bytes, times what their place in half a byte makes of them."""
+    SHIFT: tl.constexpr = run * BITS // 4 * 4
+    MASK: tl.constexpr = (2**BITS - 1) << (run * BITS - SHIFT)
     if INTERPRETED:
-        return ((packed.to(tl.uint8, bitcast=True) >> (run * BITS)) & (2**BITS - 1)).to(tl.int8)
+        return ((packed.to(tl.uint8, bitcast=True) >> SHIFT) & MASK).to(tl.int8)
     # Four bytes a time; what is shifted in from a neighbour is masked out.
     return tl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; shr.b32 t, $1, {run * BITS}; and.b32 $0, t, {0x01010101 * (2**BITS - 1)}; }}",
+        f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {0x01010101 * MASK}; }}",
         "=r,r",
         [packed],
         dtype=tl.int8,
@@ -198,22 +202,24 @@ def sketch_kernel(
     digit_rows = digits + item * (RUNS * 2 * MEMBERS * SPAN_PAD)
     digit_rows += tl.arange(0, 2 * MEMBERS)[:, None] * SPAN_PAD + column[None, :]
     item_terms = terms + item * ((1 + RUNS) * MEMBERS) + member
-    level_sum = tl.zeros((MEMBERS,), tl.float32)
+    zero = tl.zeros((MEMBERS,), tl.float32)
     query_digits = ()
-    mean_product = tl.zeros((2 * MEMBERS, MEAN_PAD), tl.int32)
     for run in tl.static_range(RUNS):
-        digit = tl.load(digit_rows + run * (2 * MEMBERS * SPAN_PAD))
-        query_digits += (digit,)  # type: ignore[assignment]
-        level_sum += tl.load(item_terms + (1 + run) * MEMBERS)
-        of_mean = (column < SPAN)[:, None] & (tl.arange(0, MEAN_PAD) == 0)[None, :]
-        mean = tl.load(levels + (run * SPAN + column)[:, None], mask=of_mean, other=0)
-        mean_product = tl.dot(digit, mean, mean_product, out_dtype=tl.int32)
-    step = tl.load(item_terms)
-    mean_step = tl.load(levels.to(tl.pointer_type(tl.float32)) - 1)
-    around = tl.sum(whole_products(mean_product, MEMBERS), axis=1) * (step * mean_step)
+        query_digits += (tl.load(digit_rows + run * (2 * MEMBERS * SPAN_PAD)),)  # type: ignore[assignment]
+        zero += tl.load(item_terms + (1 + run) * MEMBERS)
     # A sketch's level is 2 * code - 1, of two bits 2 * code - 3.
-    slope = 2.0 * step
-    zero = -0.5 * (2**BITS - 1) * level_sum
+    zero *= -0.5 * (2**BITS - 1)
+    of_mean = (column < SPAN)[:, None] & (tl.arange(0, MEAN_PAD) == 0)[None, :]
+    mean_product = tl.zeros((2 * MEMBERS, MEAN_PAD), tl.int32)
+    # In half a byte a run's levels are worth 2^BITS times as much as those of the run before.
+    for within in tl.static_range(RUNS // 2 - 1, -1, -1):
+        mean_product <<= BITS
+        for half in tl.static_range(0, RUNS, RUNS // 2):
+            mean = tl.load(levels + ((half + within) * SPAN + column)[:, None], mask=of_mean, other=0)
+            mean_product = tl.dot(query_digits[half + within], mean, mean_product, out_dtype=tl.int32)
+    slope = 2.0 * tl.load(item_terms)
+    mean_step = 0.5 * tl.load(levels.to(tl.pointer_type(tl.float32)) - 1)
+    around = tl.sum(whole_products(mean_product, MEMBERS), axis=1) * (slope * mean_step)
     for first in range(0, PLACES, TILE_CHUNKS):
         # The last tile begins early enough to end with the page.
         place = tl.minimum(first, PLACES - TILE_CHUNKS)
@@ -233,9 +239,10 @@ def sketch_kernel(
         logits = (whole_products(product, MEMBERS) + zero[:, None]) * scale[None, :]
         by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
         best = tl.max(by_chunk, axis=2)
-        above = (by_chunk - best[:, :, None]) * slope[:, None, None]
+        best *= slope[:, None]
+        above = by_chunk * slope[:, None, None] - best[:, :, None]
         total = tl.sum(by_hardware(above, "ex2", INTERPRETED), axis=2)
-        weight = around[:, None] + best * slope[:, None] + by_hardware(total, "lg2", INTERPRETED)
+        weight = around[:, None] + best + by_hardware(total, "lg2", INTERPRETED)
         chunk = first_chunk + place + tl.arange(0, TILE_CHUNKS)
         to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
         tl.store(to, weight, mask=(member < GROUP)[:, None] & (chunk < chunks)[None, :])

@@ -19,10 +19,12 @@ class LandmarkLayout:
 
     A page has `places`, one for each chunk, and keeps each field of all its places together: first `data`
     (what the kind says of a chunk's keys), then for sketches 16 fp16 scales, then the chunk's hot slot as
-    int32 (-1 where it is not hot). A sketch's data is, token by token, `span` bytes: byte j has the codes of
-    dimensions j, j + span, j + 2 * span and so on, the first in its lowest bits. Chunk c is at place c of the
-    head's pages. Sketches are taken around the mean of the page's keys, which follows the places' fields: the
-    step of its levels, fp32, then D levels, int8, in the order of the rotated dimensions.
+    int32 (-1 where it is not hot). Chunk c is at place c of the head's pages.
+
+    A sketch's data is, token by token, `span` bytes: byte j has the codes of dimensions j, j + span,
+    j + 2 * span and so on, the first in its lowest bits. Sketches are taken around the mean of the page's
+    keys, which follows the places' fields: the step of its levels, fp32, then D levels, int8, in the order of
+    the rotated dimensions.
 
     Attributes:
         kind: `sketch` (a sign bit for each rotated dimension of each key), `sketch2` (two bits), `mean` (the
