@@ -113,8 +113,6 @@ def _head(main: Results) -> Iterator[str]:
     yield "- So a `recall_interval` above 1 fails here: what the next word needs is not fetched."
     yield "- By default a server leaves prompts of fewer than 1,024 tokens uncompressed; 512 is here"
     yield "  to show why."
-    yield "- In this model of 8 KV heads the tokens' positions take 0.6% of a prompt's KV, which is much"
-    yield "  at a budget of 5%; in a model of 112 heads of size 128 they take 0.02%."
     yield ""
     yield "## Tasks"
     yield ""

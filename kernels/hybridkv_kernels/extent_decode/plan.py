@@ -23,6 +23,8 @@ SPLIT_GRANULE = 4
 CPU_TARGET_PROGRAMS = 16
 # As many as fit on a multiprocessor at once (shared memory, D = 128), so that equal splits make one wave.
 PROGRAMS_PER_MULTIPROCESSOR = 3
+# Of a plan for heads that are attended beside the recall of others, which needs room too.
+PROGRAMS_BESIDE = 2
 
 
 @triton.jit
@@ -194,7 +196,8 @@ class DecodePlan:
             num_q_heads: Hq = G*H.
             head_size: D.
             device: where the pool is.
-            target_programs: splits to aim at per layer; by default 3 for each multiprocessor of the device.
+            target_programs: splits to aim at per layer; by default 3 for each multiprocessor of the device,
+                and 2 in a plan of `static` heads.
             min_pages: least pages of a split, at least 1.
             part: heads that the plan is for.
 
@@ -207,7 +210,10 @@ class DecodePlan:
             target_programs = CPU_TARGET_PROGRAMS
             if device.type == "cuda":
                 multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-                target_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+                beside = part == "static"
+                target_programs = (
+                    PROGRAMS_BESIDE if beside else PROGRAMS_PER_MULTIPROCESSOR
+                ) * multiprocessors
         sizes = (max_rows, num_layers, head_size, target_programs, min_pages)
         require(min(sizes) >= 1, "every size of a decode plan must be positive")
         items = max_rows * num_kv_heads
