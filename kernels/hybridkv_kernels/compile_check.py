@@ -202,7 +202,7 @@ def _landmark_kernels(
         layout = LandmarkLayout(kind, head_size, dtype.itemsize)
         yield build, "landmark_kernel", landmark_build.fused.launch_options(*heads, layout)
         if layout.sketch_bits:
-            yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout)
+            yield score, "prepare_kernel", chunk_score.fused.prepare_options(*heads, group, layout, dtype)
             yield score, "sketch_kernel", chunk_score.fused.sketch_options(*heads, group, layout)
         else:
             yield score, "bound_kernel", chunk_score.fused.bound_options(*heads, group, layout, dtype)

@@ -55,7 +55,7 @@ def prepare_kernel(
     SPAN: tl.constexpr,
     SPAN_PAD: tl.constexpr,
     LARGEST_LEVEL: tl.constexpr,
-    FULL_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     """Rotate the query group of item `program_id(0)`; run `program_id(1)` of its dimensions, as digits.
 
@@ -80,17 +80,18 @@ def prepare_kernel(
     for start in tl.static_range(0, HEAD_PAD, PART):
         dim = start + tl.arange(0, PART)
         known = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
-        q = tl.load(group + dim[None, :], mask=known, other=0.0).to(tl.float32) * scale_log2
+        # Not scaled yet: so values of 16 bits are exact.
+        q = tl.load(group + dim[None, :], mask=known, other=0.0).to(tl.float32)
         turn = tl.load(
             rotation + dim[:, None] * HEAD_SIZE + run * SPAN + column[None, :],
             mask=(dim < HEAD_SIZE)[:, None] & in_span[None, :],
             other=0.0,
         )
-        rotated = tl.dot(q, turn, rotated, input_precision=FULL_PRECISION)
+        rotated = tl.dot(q, turn, rotated, input_precision=PRECISION)
         squares += tl.sum(q * q, axis=1)
-    step = tl.maximum(tl.sqrt(squares), 1e-30) / LARGEST_LEVEL
+    step = tl.maximum(tl.sqrt(squares) * tl.abs(scale_log2), 1e-30) / LARGEST_LEVEL
     weight = (1 << (run % (RUNS // 2) * (8 // RUNS))).to(tl.float32)
-    scaled = rotated / (step * weight)[:, None]
+    scaled = rotated * scale_log2 / (step * weight)[:, None]
     level = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
     high = (level + 128) >> 8
     written = member < MEMBERS
@@ -332,17 +333,20 @@ def _sketch_shape(num_layers: int, num_kv_heads: int, group: int, layout: Landma
 
 
 @functools.cache
-def prepare_options(num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayout) -> LaunchOptions:
+def prepare_options(
+    num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayout, dtype: torch.dtype
+) -> LaunchOptions:
     """How `prepare_kernel` is compiled for a model's shape."""
     head_pad = next_power_of_2(layout.head_size)
     constexprs = {
         **_sketch_shape(num_layers, num_kv_heads, group, layout),
         "GROUP_PAD": GROUP_PAD,
         "HEAD_PAD": head_pad,
-        "PART": min(head_pad, 128),
+        "PART": min(head_pad, 64),
         "RUNS": 8 // layout.sketch_bits,
         "LARGEST_LEVEL": LARGEST_LEVEL,
-        "FULL_PRECISION": FULL_PRECISION,
+        # The rotation's own rounding does not matter.
+        "PRECISION": FULL_PRECISION if dtype == torch.float32 else "tf32",
     }
     return LaunchOptions(constexprs, num_warps=4, num_stages=1)
 
@@ -443,7 +447,7 @@ def chunk_score(
         scale_log2,
         query.stride(0),
         query.stride(1),
-        **prepare_options(*shape, layout).kwargs(),
+        **prepare_options(*shape, layout, pool.dtype).kwargs(),
     )
     sketch_kernel[(items, layout.pages(work.max_chunks))](
         pool,
