@@ -53,6 +53,11 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
+def _sizes(text: str) -> list[tuple[int, int]]:
+    pairs = [part.split("x") for part in text.split(",")]
+    return [(int(batch), int(prompt)) for batch, prompt in pairs]
+
+
 def _arguments(on_gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,6 +79,12 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
         type=_numbers,
         default=[0.6] if on_gpu else [],
         help="more budgets for `decode` of pruned heads, so that a launch reads a gigabyte",
+    )
+    parser.add_argument(
+        "--dense-sizes",
+        type=_sizes,
+        default=_sizes("8x8192,8x32768,64x8192,64x32768") if on_gpu else [],
+        help="more sizes, BATCHxPROMPT, for `dense`",
     )
     parser.add_argument("--skew", type=_numbers, default=[1.0, 16.0] if on_gpu else [4.0])
     parser.add_argument("--dynamic", type=_numbers, default=[0.0, 0.5], help="share of heads that recall")
@@ -101,6 +112,9 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
             args.batch, args.prompt, args.large_budget, args.skew
         ):
             yield "decode", Case(batch, prompt, budget, skew)
+    if "dense" in args.op:
+        for batch, prompt in args.dense_sizes:
+            yield "dense", Case(batch, prompt)
 
 
 def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:

@@ -222,7 +222,8 @@ def test_the_command_writes_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["kernels.py", "--op", "dense,decode", "--batch", "1", "--prompt", "256", "--budget", "0.25"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--dynamic", "0", "--skew", "2", "--out", str(tmp_path)])
+    arguments += ["--dense-sizes", "2x128,1x512", "--dynamic", "0", "--skew", "2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path)])
     assert kernels.main() == 0
     printed = capsys.readouterr().out
     assert "bytes of the full cache" in printed.replace("\n", " ")
@@ -230,6 +231,10 @@ def test_the_command_writes_what_it_prints(
     done = {(r.op, r.backend) for r in written.records if r.missing is None}
     assert done >= {("dense", "triton"), ("dense", "sdpa"), ("decode", "triton")}
     assert all(r.right for r in written.records if r.missing is None)
+    sizes = {
+        op: {(r.case["batch"], r.case["prompt"]) for r in written.records if r.op == op} for op, _ in done
+    }
+    assert sizes == {"dense": {(1, 256), (2, 128), (1, 512)}, "decode": {(1, 256)}}
     saved = Ratio.model_validate(json.loads((tmp_path / "kernels.json").read_text())["ratios"][0])
     assert 3.7 < saved.value < 4.2
     with (tmp_path / "kernels.csv").open() as file:
