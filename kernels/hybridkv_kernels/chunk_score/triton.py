@@ -15,7 +15,7 @@ from ..launch import FULL_PRECISION, LaunchOptions, next_power_of_2, widen_dots
 from ..pages import PAGE
 from ..recall.landmarks import Landmarks
 from ..recall.layout import STEP_BYTES, LandmarkLayout
-from ..recall.paging import arena_page, recalling_head
+from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork, members, span_pad
 
@@ -33,6 +33,7 @@ def prepare_kernel(
     query: tl.tensor,
     row_slot: tl.tensor,
     row_len: tl.tensor,
+    extents: tl.tensor,
     chunk_first: tl.tensor,
     prompt_len: tl.tensor,
     rotation: tl.tensor,
@@ -43,8 +44,10 @@ def prepare_kernel(
     scale_log2: tl.tensor,
     stride_query_row: tl.tensor,
     stride_query_head: tl.tensor,
+    PAGE: tl.constexpr,
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
+    PLACES: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -63,11 +66,21 @@ def prepare_kernel(
     read of a run's codes is its place in half a byte times as large, so the run's levels are as much smaller.
     """
     item = tl.program_id(0)
-    slot = tl.load(row_slot + item // HEADS)
-    head = (slot.to(tl.int64) * LAYERS + layer) * HEADS + item % HEADS
-    if tl.load(chunk_first + head, mask=slot >= 0, other=-1) < 0:
-        return
-    if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
+    _, chunks, _, _ = selecting_head(
+        row_slot,
+        row_len,
+        extents,
+        chunk_first,
+        prompt_len,
+        item,
+        layer,
+        interval,
+        PAGE,
+        LAYERS,
+        HEADS,
+        PLACES,
+    )
+    if chunks == 0:
         return
     run = tl.program_id(1)
     member = tl.arange(0, GROUP_PAD)
@@ -184,13 +197,22 @@ def sketch_kernel(
     RUNS: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = TILE_CHUNKS * PAGE
     item = tl.program_id(0)
-    slot, chunks, _, landmark, _ = recalling_head(
-        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
+    slot, chunks, _, landmark = selecting_head(
+        row_slot,
+        row_len,
+        extents,
+        chunk_first,
+        prompt_len,
+        item,
+        layer,
+        interval,
+        PAGE,
+        LAYERS,
+        HEADS,
+        PLACES,
     )
     first_chunk = tl.program_id(1) * PLACES
     if first_chunk >= chunks:
-        return
-    if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
         return
     arena_row = arena + slot.to(tl.int64) * stride_arena
     page = arena_page(arena_row, landmark + tl.program_id(1), chunks > 0, LAYERS * HEADS)
@@ -283,13 +305,22 @@ def bound_kernel(
 ) -> None:
     """Log-weights of TILE_CHUNKS chunks of item `program_id(0)`, from mean keys or from bounds."""
     item = tl.program_id(0)
-    slot, chunks, _, landmark, _ = recalling_head(
-        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
+    slot, chunks, _, landmark = selecting_head(
+        row_slot,
+        row_len,
+        extents,
+        chunk_first,
+        prompt_len,
+        item,
+        layer,
+        interval,
+        PAGE,
+        LAYERS,
+        HEADS,
+        PLACES,
     )
     chunk = tl.program_id(1) * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
     if tl.program_id(1) * TILE_CHUNKS >= chunks:
-        return
-    if (tl.load(row_len + item // HEADS) - 1 - tl.load(prompt_len + slot)) % interval != 0:
         return
     member = tl.arange(0, GROUP_PAD)
     dim = tl.arange(0, HEAD_PAD)
@@ -322,8 +353,10 @@ def bound_kernel(
 
 def _sketch_shape(num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayout) -> dict[str, Any]:
     return {
+        "PAGE": PAGE,
         "LAYERS": num_layers,
         "HEADS": num_kv_heads,
+        "PLACES": layout.places,
         "GROUP": group,
         "MEMBERS": members(group),
         "HEAD_SIZE": layout.head_size,
@@ -356,8 +389,6 @@ def sketch_options(num_layers: int, num_kv_heads: int, group: int, layout: Landm
     """How `sketch_kernel` is compiled for a model's shape."""
     constexprs = {
         **_sketch_shape(num_layers, num_kv_heads, group, layout),
-        "PAGE": PAGE,
-        "PLACES": layout.places,
         "BITS": layout.sketch_bits,
         "SCALE_OFFSET": layout.scale_offset,
         "LEVEL_OFFSET": layout.mean_offset + STEP_BYTES,
@@ -437,6 +468,7 @@ def chunk_score(
         query,
         row_slot,
         row_len,
+        decode.extents,
         recall.chunk_first,
         recall.prompt_len,
         landmarks.rotation,

@@ -10,7 +10,7 @@ from ..extent_decode.tables import DecodeTables
 from ..launch import LaunchOptions, next_power_of_2
 from ..pages import PAGE
 from ..recall.layout import INDEX_BYTES, LandmarkLayout
-from ..recall.paging import arena_page, recalling_head
+from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
@@ -75,12 +75,21 @@ def chunk_select_kernel(
 ) -> None:
     """Choose the hot chunks of item `program_id(0)`: the key of the last one is found digit by digit."""
     item = tl.program_id(0)
-    slot, chunks, hot_slots, landmarks, _ = recalling_head(
-        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
+    slot, chunks, hot_slots, landmarks = selecting_head(
+        row_slot,
+        row_len,
+        extents,
+        chunk_first,
+        prompt_len,
+        item,
+        layer,
+        interval,
+        PAGE,
+        LAYERS,
+        HEADS,
+        PLACES,
     )
-    start = tl.load(prompt_len + slot, mask=slot >= 0, other=0)
-    step = tl.load(row_len + item // HEADS) - 1 - start
-    if (chunks == 0) | (step % interval != 0):
+    if chunks == 0:
         tl.store(num_missing + item, 0)
         return
     chunk = tl.arange(0, TILE)

@@ -58,9 +58,10 @@ def decode_kernel(
     TILE: tl.constexpr = TILE_PAGES * PAGE
     program = tl.program_id(0)
     layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
+    # Stale past the total, which is loaded meanwhile.
+    item = tl.load(work + layer.to(tl.int64) * stride_work + program)
     if program >= tl.load(layer_offsets + items):
         return
-    item = tl.load(work + layer.to(tl.int64) * stride_work + program)
     row = (item // HEADS).to(tl.int64)
     head = item % HEADS
     first_split = tl.load(layer_offsets + item)

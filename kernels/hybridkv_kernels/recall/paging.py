@@ -25,13 +25,43 @@ def recalling_head(
     slot = tl.load(row_slot + item // HEADS)
     live = slot >= 0
     head = (slot.to(tl.int64) * LAYERS + layer) * HEADS + item % HEADS
+    # None of these loads waits for another.
     first_chunk = tl.load(chunk_first + head, mask=live, other=-1)
-    live = live & (first_chunk >= 0)
     first = tl.load(extents + head * 2, mask=live, other=0)
     hot = tl.load(extents + head * 2 + 1, mask=live, other=0) // PAGE
     chunks = tl.load(prompt_len + slot, mask=live, other=0) // PAGE
-    landmarks = first - tl.cdiv(chunks, PLACES)
-    return slot, chunks, hot, landmarks, first_chunk
+    recalls = first_chunk >= 0
+    chunks = tl.where(recalls, chunks, 0)
+    hot = tl.where(recalls, hot, 0)
+    return slot, chunks, hot, first - tl.cdiv(chunks, PLACES), first_chunk
+
+
+@triton.jit
+def selecting_head(
+    row_slot: tl.tensor,
+    row_len: tl.tensor,
+    extents: tl.tensor,
+    chunk_first: tl.tensor,
+    prompt_len: tl.tensor,
+    item: tl.tensor,
+    layer: tl.tensor,
+    interval: tl.tensor,
+    PAGE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PLACES: tl.constexpr,
+) -> tl.tensor:
+    """(slot, chunks, hot slots, first logical landmark page) as `recalling_head`, of heads that select now.
+
+    That is, of rows that are on a selecting step; chunks are 0 for others.
+    """
+    length = tl.load(row_len + item // HEADS)
+    slot, chunks, hot, landmarks, _ = recalling_head(
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
+    )
+    start = tl.load(prompt_len + slot, mask=slot >= 0, other=0)
+    selects = (length - 1 - start) % interval == 0
+    return slot, tl.where(selects, chunks, 0), hot, landmarks
 
 
 @triton.jit
