@@ -375,7 +375,7 @@ def prepare_options(
         **_sketch_shape(num_layers, num_kv_heads, group, layout),
         "GROUP_PAD": GROUP_PAD,
         "HEAD_PAD": head_pad,
-        "PART": min(head_pad, 64),
+        "PART": min(head_pad, 32 if dtype == torch.float32 else 64),
         "RUNS": 8 // layout.sketch_bits,
         "LARGEST_LEVEL": LARGEST_LEVEL,
         # The rotation's own rounding does not matter.

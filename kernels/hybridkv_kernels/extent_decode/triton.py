@@ -210,8 +210,9 @@ def launch_options(
     }
     # fp32 has no tensor cores and holds its operands in registers: four times the threads, or it spills. In
     # 16 bits two warps and four stages, of three programs a multiprocessor, came nearest to the bandwidth of
-    # an H200 (Triton 3.6).
-    return LaunchOptions(constexprs, num_warps=8 if full else 2, num_stages=3 if full else 4)
+    # an H200 (Triton 3.6, D = 128); a larger head does not fit into the registers of two.
+    num_warps = 8 if full else 2 if head_pad <= 128 else 4
+    return LaunchOptions(constexprs, num_warps=num_warps, num_stages=3 if full else 4)
 
 
 @functools.cache
