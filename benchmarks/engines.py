@@ -117,11 +117,16 @@ def start(args: argparse.Namespace) -> LLM:
 
 
 def still_queries(model: nn.Module, pairs: int) -> None:
-    """Zeroes the weights that give each query's first `pairs` pairs of dimensions, in all layers."""
-    for module in model.modules():
-        projection = getattr(module, "qkv_proj", None)
-        if projection is None or not hasattr(module, "rotary_emb"):
-            continue
+    """Zeroes the weights that give each query's first `pairs` pairs of dimensions, in all layers.
+
+    Raises:
+        ValueError: the model's layers are not built like Qwen2's.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "qkv_proj") and hasattr(m, "rotary_emb")]
+    if pairs and not layers:
+        raise ValueError("no layer has `qkv_proj` and `rotary_emb`; leave its queries as they are: --still 0")
+    for module in layers:
+        projection = module.qkv_proj
         for weight in (projection.weight, projection.bias):
             if weight is not None:
                 halves = weight.data[: module.q_size].unflatten(0, (-1, 2, module.head_dim // 2))

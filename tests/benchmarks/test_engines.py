@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hybridkv_serving.figures import Report
 from scripts import load
 
@@ -40,6 +41,32 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (tmp_path / "performance.md").read_text()
     assert "in one process each, on prompts of 1024 random tokens." in page
     assert "Share of the heads that recall: 0.5; of the chosen chunks, missed, batch: 0." in page
+
+
+class Attention(torch.nn.Module):
+    """Two query heads and one KV head of size 8, as vLLM's Qwen2 has them."""
+
+    q_size, head_dim, rotary_emb = 16, 8, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = torch.nn.Linear(5, 32)
+        torch.nn.init.ones_(self.qkv_proj.weight)
+        torch.nn.init.ones_(self.qkv_proj.bias)
+
+
+def test_the_pairs_that_turn_fastest_are_zeroed_in_queries_alone() -> None:
+    model = torch.nn.Sequential(Attention(), torch.nn.Linear(5, 5))
+    untouched = model[1].weight.clone()
+    engines.still_queries(model, pairs=2)
+    # Of a head's eight dimensions, i and i + 4 are a pair.
+    still = [0, 1, 4, 5, 8, 9, 12, 13]
+    expected = torch.tensor([0.0 if row in still else 1.0 for row in range(32)])
+    assert torch.equal(model[0].qkv_proj.bias, expected)
+    assert torch.equal(model[0].qkv_proj.weight, expected[:, None].expand(32, 5))
+    assert torch.equal(model[1].weight, untouched)
+    with pytest.raises(ValueError, match="--still 0"):
+        engines.still_queries(model[1], pairs=2)
 
 
 def test_a_failed_engine_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
