@@ -37,12 +37,12 @@ class RecallWork:
         freed: [R*H, C] int32, the hot slot that each one goes to; stale past num_missing.
         counters: [S, 2] int64, of each slot the chosen chunks since the start that were hot already, and
             that were missing.
-        digits: [R*H, 8/bits, 2, M, K] int8, for sketches the rotated queries as levels of a step of their own,
-            2^bits times as large from run to run in each half of a byte: of each run of dimensions, which have
-            their codes at the same place of their bytes, the high digits of M members, worth 256, then the low
-            ones.
+        digits: [R*H, 8/bits, 2, M, K] int8, for sketches the rotated queries as levels. Of each run of
+            dimensions, which have their codes at one place of their bytes, the high digits of M members,
+            worth 256, then the low ones. A level stands for a step of the member's own, 2^bits times as much
+            from run to run in each half of a byte.
         terms: [R*H, 1 + 8/bits, M] fp32, of each member its step, and of each run the sum of its levels, in
-            that step.
+            such steps.
     """
 
     log_weight: Tensor
