@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
+from hybridkv_kernels.chunk_recall import chunk_recall
 from hybridkv_kernels.extent_decode import extent_decode
 from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_kernels.recall.reading import arena_pages
@@ -161,6 +162,42 @@ def test_each_plan_attends_its_own_heads(device: torch.device) -> None:
         assert torch.equal(written.any(-1).cpu(), wanted)
     with pytest.raises(ValueError, match="plan of recalling heads needs chunk_first"):
         plan.recalling.update(row_slot, row_len, case.decode)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_needs_no_chunks_is_done_between_scores_and_choice(
+    backend: Backend, device: torch.device
+) -> None:
+    case = make_case("mean", 3, device)
+    row_slot, row_len = Generation(case).grow([1])
+    work = case.work(len(PROMPTS), GROUP)
+    work.num_missing.fill_(-1)
+    seen = []
+
+    def meanwhile() -> None:
+        # Slot 1 is row 1, behind the padding, and both of its heads recall.
+        chunks = PROMPTS[1] // PAGE
+        assert not work.log_weight[2:4, :, :chunks].isnan().any()
+        seen.append(work.num_missing.tolist())
+
+    query = torch.randn(2, case.decode.num_kv_heads * GROUP, HEAD_SIZE, device=device)
+    chunk_recall(
+        query,
+        case.pool,
+        case.store,
+        row_slot,
+        row_len,
+        case.decode,
+        case.recall,
+        0,
+        1.0,
+        case.landmarks,
+        work,
+        backend=backend,
+        meanwhile=meanwhile,
+    )
+    assert seen == [[-1] * len(work.num_missing)]
+    assert (work.num_missing[:4] >= 0).all()
 
 
 def make_case(kind: LandmarkKind, hot: int, device: torch.device, prompts: list[int] = PROMPTS) -> RecallCase:

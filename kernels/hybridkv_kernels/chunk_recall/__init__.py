@@ -1,5 +1,7 @@
 """One layer's recall: score the chunks, choose, fetch what is missing; the extent decode follows."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..chunk_gather import chunk_gather
@@ -31,10 +33,13 @@ def chunk_recall(
     pin_first: int = 0,
     pin_recent: int = 0,
     backend: Backend = "auto",
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Make the chunks hot that N decode rows of one layer need now: the hot slots then hold just these.
 
-    The arguments are those of `chunk_score`, `chunk_select` and `chunk_gather`. Launch shapes depend only on
+    The arguments are those of `chunk_score`, `chunk_select` and `chunk_gather`, and `meanwhile`, which is
+    called between the first and the second: scoring fills a GPU, what follows waits for memory, or for the
+    host, and leaves room for work that needs no recalled chunks. Launch shapes depend only on
     N and the buffers, and nothing synchronises with the host, so the call can be captured in a CUDA graph.
 
     Raises:
@@ -54,6 +59,8 @@ def chunk_recall(
         interval=interval,
         backend=backend,
     )
+    if meanwhile is not None:
+        meanwhile()
     chunk_select(
         pool,
         row_slot,

@@ -1,4 +1,4 @@
-"""One layer's decode where heads recall: the other heads' attention runs beside the recall."""
+"""One layer's decode where heads recall: the others are attended while chunks are chosen and fetched."""
 
 from __future__ import annotations
 
@@ -86,48 +86,50 @@ def recall_decode(
 ) -> None:
     """`chunk_recall`, then `extent_decode`, for N decode rows of one layer.
 
-    The arguments are theirs. With Triton, heads that recall nothing are attended on `plan.beside` meanwhile,
-    and the current stream waits for it at the end. Like its parts, the call can be captured in a CUDA graph.
+    The arguments are theirs. With Triton, heads that recall nothing are attended on `plan.beside` while the
+    others' chunks are chosen and fetched, and the current stream waits for it at the end. Like its parts, the
+    call can be captured in a CUDA graph.
 
     Raises:
         ValueError: as these two, and with Triton for a plan that is missing.
     """
-
-    def recall_chunks() -> None:
-        chunk_recall(
-            query,
-            pool,
-            store,
-            row_slot,
-            row_len,
-            decode,
-            recall,
-            layer,
-            scale,
-            landmarks,
-            work,
-            interval=interval,
-            pin_first=pin_first,
-            pin_recent=pin_recent,
-            backend=backend,
-        )
+    parts = plan if use_triton(backend, pool) else None
+    if parts is None and use_triton(backend, pool):
+        raise ValueError("the Triton backend needs a plan")
+    beside = None if parts is None else parts.beside
 
     def attend(part: DecodePlan | None) -> None:
         extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend)
 
-    if not use_triton(backend, pool):
-        recall_chunks()
-        attend(None)
-        return
-    if plan is None:
-        raise ValueError("the Triton backend needs a plan")
-    if plan.beside is None:
-        attend(plan.static)
-    else:
-        plan.beside.wait_stream(torch.cuda.current_stream(pool.device))
-        with torch.cuda.stream(plan.beside):
-            attend(plan.static)
-    recall_chunks()
-    attend(plan.recalling)
-    if plan.beside is not None:
-        torch.cuda.current_stream(pool.device).wait_stream(plan.beside)
+    def attend_static() -> None:
+        if parts is None:
+            return
+        if beside is None:
+            attend(parts.static)
+            return
+        beside.wait_stream(torch.cuda.current_stream(pool.device))
+        with torch.cuda.stream(beside):
+            attend(parts.static)
+
+    chunk_recall(
+        query,
+        pool,
+        store,
+        row_slot,
+        row_len,
+        decode,
+        recall,
+        layer,
+        scale,
+        landmarks,
+        work,
+        interval=interval,
+        pin_first=pin_first,
+        pin_recent=pin_recent,
+        backend=backend,
+        meanwhile=attend_static,
+    )
+    # Without a plan, of all heads.
+    attend(None if parts is None else parts.recalling)
+    if beside is not None:
+        torch.cuda.current_stream(pool.device).wait_stream(beside)
