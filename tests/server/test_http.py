@@ -48,8 +48,8 @@ THETA = 0.9
 WINDOW = 64
 # Tokens up to the photograph's end, whatever is asked about it: the template's and its own.
 PICTURE_END = 28 + 18 * 21
-# Landmarks of the default kind in fp32, with the model's three position axes.
-LANDMARKS = LandmarkLayout("sketch2", HEAD_SIZE, 4, 3)
+# Landmarks of the default kind in fp32.
+LANDMARKS = LandmarkLayout("sketch2", HEAD_SIZE, 4)
 ARGUMENTS = (
     "--attention-backend",
     "hybridkv",
@@ -168,20 +168,18 @@ class Arena(NamedTuple):
         pages: all of them.
         keeps_all: whether every head keeps everything.
         most_recalling: heads that can recall, if they are dynamic.
-        positions: pages of the tokens' positions.
         landmarks: pages of one recalling head's landmarks.
     """
 
     pages: int
     keeps_all: bool
     most_recalling: int
-    positions: int
     landmarks: int
 
     @classmethod
     def of(cls, tokens: int, budget: float, visual_end: int | None = PICTURE_END) -> Arena:
         chunks, blocks = tokens // PAGE_TOKENS, arena_blocks(budget, tokens)
-        positions, landmarks = LANDMARKS.position_pages(chunks), LANDMARKS.pages(chunks)
+        landmarks = LANDMARKS.pages(chunks)
         keeps_all = blocks >= chunks
         pages = blocks * NUM_HEADS
         # Heads are judged by the text's share of the attention, which is all where there is only text.
@@ -189,10 +187,10 @@ class Arena(NamedTuple):
         if visual_end is not None and not keeps_all:
             # The observation window is the text that follows; its last tokens may be in the tail.
             window = max(0, min(WINDOW, tokens - visual_end) - tokens % PAGE_TOKENS)
-            limits = recall_limits(pages - positions, NUM_HEADS, chunks, landmarks, window)
+            limits = recall_limits(pages, NUM_HEADS, chunks, landmarks, window)
         if limits is None:
-            return cls(pages, keeps_all, 0, 0, 0)
-        return cls(pages, keeps_all, limits[1], positions, landmarks)
+            return cls(pages, keeps_all, 0, 0)
+        return cls(pages, keeps_all, limits[1], landmarks)
 
 
 def arena_of(request: Served) -> Arena:
@@ -205,7 +203,7 @@ def kept_tokens(request: Served, num_dynamic: int) -> float:
     arena, in_tail = arena_of(request), request.prompt_tokens % PAGE_TOKENS
     if arena.keeps_all:
         return request.prompt_tokens
-    pages = arena.pages - arena.positions - min(num_dynamic, arena.most_recalling) * arena.landmarks
+    pages = arena.pages - min(num_dynamic, arena.most_recalling) * arena.landmarks
     return PAGE_TOKENS * pages / NUM_HEADS + in_tail
 
 
@@ -272,7 +270,7 @@ def assert_accounted(report: RequestHeads, request: Served) -> None:
     recalling = most_dynamic[: arena.most_recalling]
     assert [head for head in most_dynamic if head.recalled] == recalling
     assert sum(head.recalled for head in heads) == len(recalling)
-    used = arena.positions + sum(head.pages for head in heads)
+    used = sum(head.pages for head in heads)
     if arena.keeps_all:
         assert used <= arena.pages
         assert {head.pages for head in heads} == {tokens // PAGE_TOKENS}
