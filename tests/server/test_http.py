@@ -69,6 +69,11 @@ ARGUMENTS = (
     "1024",
     "--num-gpu-blocks-override",
     str(NUM_BLOCKS),
+    # Random weights may like whitespace so much that no JSON is ever finished.
+    "--structured-outputs-config.backend",
+    "xgrammar",
+    "--structured-outputs-config.disable_any_whitespace",
+    "true",
 )
 # As on a user's machine; tests/conftest.py sets other values for engines in the tests' own process.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
