@@ -43,7 +43,7 @@ class Observer:
             (ours.scheduler, "_preempt_request", self._see_preemption),
             (ours.manager, "remove_skipped_blocks", self._see_return),
             (self._tables, "reset", self._see_end),
-            (self._tables.recall, "recall", self._see_step),
+            (self._tables.recall, "decode", self._see_step),
         ):
             patch.setattr(owner, name, seen_by(getattr(owner, name), see))
 
@@ -87,6 +87,7 @@ class Observer:
         call: Callable[[], Any],
         query: Tensor,
         pool: Tensor,
+        out: Tensor,
         row_slot: Tensor,
         row_len: Tensor,
         decode: Any,
