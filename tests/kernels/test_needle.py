@@ -26,17 +26,21 @@ class Bias(NamedTuple):
         every: size of the bias of every channel.
         outlier: that of four channels.
         slowly: whether those are among the quarter that turns most slowly, as in real models.
+        base: of the rope.
     """
 
     every: float
     outlier: float
     slowly: bool
     least: tuple[float, float]
+    base: float = 10_000.0
 
 
 BIASES = {
     "plain keys": Bias(0.0, 0.0, False, (0.99, 0.99)),
     "outlier channels that turn slowly": Bias(1.0, 20.0, True, (0.95, 0.99)),
+    # 40 times as long as what tells keys apart, at the frequencies of Qwen2.5-VL.
+    "very large biases": Bias(10.0, 230.0, True, (0.8, 0.99), 1e6),
     # A landmark page's mean does not hold what turns within it.
     "outlier channels that turn fast": Bias(1.0, 20.0, False, (0.6, 0.95)),
 }
@@ -52,10 +56,10 @@ def picture_positions() -> Tensor:
     return torch.cat((before, picture, after), dim=1)
 
 
-def rotate(vectors: Tensor, positions: Tensor) -> Tensor:
-    """Vectors [T or 1, D] turned to positions [3, T], as Qwen2.5-VL does with a base of 10,000."""
+def rotate(vectors: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Vectors [T or 1, D] turned to positions [3, T], as Qwen2.5-VL does with a base of 1,000,000."""
     half = HEAD_SIZE // 2
-    frequency = 10_000.0 ** (-torch.arange(half) / half)
+    frequency = base ** (-torch.arange(half) / half)
     # A quarter of the frequencies for time, the rest by halves for height and width.
     axis = torch.tensor([0, 1, 2])[torch.linspace(0.5, 2.99, half).long()]
     angle = positions[axis].T * frequency
@@ -74,8 +78,8 @@ def biased_keys(bias: Bias) -> tuple[Tensor, Tensor]:
     if bias.slowly:
         channels = channels[channels % (HEAD_SIZE // 2) >= HEAD_SIZE * 3 // 8]
     offset[channels[:4]] = bias.outlier
-    turned = rotate(content, positions)
-    return turned + rotate(offset[None], positions), turned
+    turned = rotate(content, positions, bias.base)
+    return turned + rotate(offset[None], positions, bias.base), turned
 
 
 def hot_chunks(case: RecallCase) -> set[int]:
