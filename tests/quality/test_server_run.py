@@ -224,8 +224,8 @@ def test_a_real_server_is_asked_and_its_memory_told(
         tokens = record.prompt_tokens
         assert record.compressed
         assert record.blocks_held == arena_blocks(record.budget, tokens) + (tokens % PAGE_TOKENS > 0)
-        # Of eight heads four are dynamic; a quarter of the cache holds the landmarks of three.
-        recalling = 3 if record.policy == "hybridkv" else 0
+        # Of eight heads four are dynamic, and a quarter of the cache holds the landmarks of all four.
+        recalling = 4 if record.policy == "hybridkv" else 0
         assert record.host_bytes == tokens // PAGE_TOKENS * PAGE_TOKENS * 2048 * recalling // 8
     results = Results.model_validate_json((out / "results.json").read_text())
     assert results.conditions[0].memory.seen == 3
