@@ -101,15 +101,13 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         metadata = HybridKVMetadata()
         if num_decodes:
             row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]
-            recall, work = tables.recall, tables.work
-            if recall is not None:
-                work = None
-                if recall.plan is not None:
-                    recall.plan.update(row_slot, row_len, tables.decode, recall.tables)
-            elif work is not None:
-                work.update(row_slot, row_len, tables.decode)
+            recall = tables.recall
+            if recall is not None and recall.plan is not None:
+                recall.plan.update(row_slot, row_len, tables.decode, recall.tables)
+            if tables.work is not None:
+                tables.work.update(row_slot, row_len, tables.decode)
             tokens = slice(0, num_decodes)
-            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, work, recall is not None))
+            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, tables.work, recall is not None))
         if num_decodes < common.num_reqs:
             self._add_prompt_rows(metadata, common, tables, num_decodes)
         return metadata
@@ -173,7 +171,7 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             row_slot = torch.full((stop - start,), slot, dtype=torch.int32, device=device)
             row_len = torch.arange(first_len, first_len + stop - start, dtype=torch.int32, device=device)
             work = None
-            if tables.work is not None:
+            if self._impl.kernel_backend == "triton":
                 work = make_work(tables.shape, stop - start, device)
                 work.update(row_slot, row_len, tables.decode)
             parts.append(DecodeRows(slice(start, stop), row_slot, row_len, work, recalls=False))

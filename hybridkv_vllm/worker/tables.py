@@ -87,7 +87,8 @@ class RequestTables:
         pool: all pages, `[P, 16, 2 * D]`.
         decode: extents, arenas, tail starts and ordinary blocks by slot.
         row_slot: `[R]` int32, slot of each decode row of the running step, -1 for padding.
-        work: the running step's split of the decode over programs.
+        work: the running step's split of the decode over programs; None where the kernels in use need none,
+            and with `recall`, which has its own.
         recall: tables of the heads that recall chunks; None where none ever does.
         profile: `[L, H]` fp32, what calibration says of the heads; None where each prompt says it.
         grants: of each slot whose prompt ends prefill in this step or is compressed (host side).
@@ -121,7 +122,7 @@ class RequestTables:
         Args:
             blocks: vLLM's block table by slot, `[S, B]` int32 (shared, not copied).
             max_rows: decode rows of a step, at most.
-            with_work: whether the kernels in use need a `DecodePlan`.
+            with_work: whether the kernels in use need a `DecodePlan`, unless recall has one.
             recall: tables of the heads that recall, for the same slots.
             profile: `[L, H]` fp32, what calibration says of this rank's heads.
         """
@@ -135,7 +136,7 @@ class RequestTables:
             tail_start=torch.zeros(slots, dtype=torch.int32, device=device),
             blocks=blocks,
         )
-        work = make_work(shape, max_rows, device) if with_work else None
+        work = make_work(shape, max_rows, device) if with_work and recall is None else None
         row_slot = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         return cls(
             shape=shape,
