@@ -172,6 +172,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
                 self.scale,
                 decode.work,
                 backend=self.kernel_backend,
+                early=True,
             )
         for prefill_end in attn_metadata.prefill_ends:
             prefill_end.score(query, self._layer, self.scale)

@@ -133,6 +133,7 @@ class RecallState:
             pin_first=self.options.pin_first_chunks,
             pin_recent=self.options.pin_recent_chunks,
             backend=self.backend,
+            early=True,
         )
 
 

@@ -35,7 +35,7 @@ from . import (
     window_scores,
 )
 from .extent_decode import plan
-from .launch import LaunchOptions
+from .launch import OVERLAP_CAPABILITY, LaunchOptions
 from .recall.layout import LandmarkKind, LandmarkLayout
 
 KIB = 1024
@@ -229,7 +229,10 @@ def source(case: Case) -> ASTSource:
         aligned = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
         if aligned and (signature[name].startswith("*") or name.startswith("stride_")):
             attributes[(index,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=case.options.constexprs, attrs=attributes)
+    constexprs = dict(case.options.constexprs)
+    if "OVERLAP" in signature:
+        constexprs["OVERLAP"] = case.capability >= OVERLAP_CAPABILITY
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:

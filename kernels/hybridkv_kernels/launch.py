@@ -1,12 +1,18 @@
-"""What a Triton launch is tuned by, in one form for the wrappers and for the compile check."""
+"""What a Triton launch is tuned by, for the wrappers and the compile check; and how launches overlap."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
 
 FULL_PRECISION = "tf32x3"
 """A dot of fp32 operands on the tensor cores, in three parts: nearly exact, and it needs few registers."""
+
+OVERLAP_CAPABILITY = 90
+"""The least compute capability that has programmatic dependent launch (Hopper)."""
 
 
 class LaunchOptions(NamedTuple):
@@ -24,6 +30,34 @@ class LaunchOptions(NamedTuple):
         """The options of `triton.compile`."""
         # Triton's default for fused multiply-add depends on its version; results should not.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@functools.cache
+def overlap(device: torch.device, early: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a kernel with OVERLAP, so that it can overlap with the launch after it.
+
+    Args:
+        device: where it runs; launches overlap on NVIDIA GPUs from Hopper on.
+        early: whether it overlaps with the launch before it, too: it begins once every program of that one
+            has called `await_launch_before` or has ended. Ahead of its own call it reads the request tables,
+            the step's rows and its plan, which must not be written by the last launch that was not early,
+            nor since: within a layer nothing writes them.
+    """
+    can = device.type == "cuda" and torch.version.hip is None
+    can = can and 10 * torch.cuda.get_device_capability(device)[0] >= OVERLAP_CAPABILITY
+    return {"OVERLAP": can, "launch_pdl": True} if can and early else {"OVERLAP": can}
+
+
+@triton.jit
+def await_launch_before(OVERLAP: tl.constexpr) -> None:
+    """Let the launch after this one begin, and wait until the one before has ended, with all that it wrote.
+
+    Every program must call it, before it ends or writes: else a launch could end before the one before it
+    has, and the one after would not wait for that either.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def widen_dots(dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs without one, and no pool offset is computed in 32 bits."""
+"""Every kernel compiles for GPUs without one, no pool offset is computed in 32 bits, and launches wait."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from hybridkv_kernels import compile_check
 for case in compile_check.cases([90], quick=True):
     source = compile_check.source(case)
-    if "pool" in source.signature:
+    if {"pool", "OVERLAP"} & set(source.signature):
         options = case.options.compiler_options()
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(f"// kernel {case.kernel} {case.shape}")
@@ -46,10 +46,35 @@ def test_interpreter_is_refused() -> None:
     assert "TRITON_INTERPRET" in done.stderr
 
 
-def test_pool_offsets_are_64_bit() -> None:
+@pytest.fixture(scope="module")
+def kernels() -> list[str]:
+    """TTIR of the kernels that have a pool or overlap, for Hopper; each begins with its name."""
     done = run_python(False, "-c", PRINT_TTIR)
     assert done.returncode == 0, done.stderr
-    kernels = done.stdout.split("// kernel ")[1:]
+    return done.stdout.split("// kernel ")[1:]
+
+
+def test_a_launch_that_overlaps_waits_before_it_ends_or_writes(kernels: list[str]) -> None:
+    waiting = {text.split()[0]: text for text in kernels if "grid_dependency_wait" in text}
+    assert waiting.keys() == {
+        "bound_kernel",
+        "cache_write_kernel",
+        "chunk_gather_kernel",
+        "chunk_select_kernel",
+        "decode_kernel",
+        "merge_kernel",
+        "prepare_kernel",
+        "sketch_kernel",
+    }
+    for name, text in waiting.items():
+        body = text[text.index("{", text.index("tt.func public")) :]
+        before = body[: body.index("grid_dependency_wait")]
+        # Nothing conditional, nothing written: so every program gets there, and has changed nothing.
+        assert not re.search(r"\b(?:s?cf|tt\.(?:return|store|atomic))", before), name
+
+
+def test_pool_offsets_are_64_bit(kernels: list[str]) -> None:
+    kernels = [text for text in kernels if "%pool" in text]
     assert {text.split()[0] for text in kernels} == {
         "bound_kernel",
         "cache_write_kernel",

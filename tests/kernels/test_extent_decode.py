@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
+from hybridkv_kernels.cache_write import cache_write
 from hybridkv_kernels.extent_decode import DecodePlan, DecodeTables, extent_decode
 from hybridkv_kernels.extent_decode import plan as planning
 from hybridkv_kernels.extent_decode import triton as fused
@@ -116,6 +117,45 @@ def test_a_plan_is_updated_in_place_for_another_step(device: torch.device) -> No
     plan.update(case.row_slot, case.row_len, case.tables)
     assert pointers == [tensor.data_ptr() for tensor in (plan.offsets, plan.work)]
     assert_close(decode(case, 1, "triton", plan), case.dense(1), torch.float32)
+
+
+def test_an_early_launch_sees_what_the_one_before_writes(device: torch.device) -> None:
+    """As in a model: each layer writes its last tokens, then attends; on a GPU as a graph, time and again."""
+    case = ragged_case(7, 128, torch.bfloat16, device)
+    plan, pages = make_plan(case), case.pool.view(-1, case.layers, case.heads, PAGE, 256)
+    row_slot, last = case.row_slot.long(), case.row_len.long() - 1
+    writes = (row_slot >= 0) & (last >= case.tables.tail_start[row_slot])
+    block = case.tables.blocks[row_slot, last.clamp(min=0) // PAGE].long()
+    token = torch.where(writes, block * PAGE + last % PAGE, -1)
+    kv = [pages[block, layer, :, last % PAGE] for layer in range(case.layers)]
+    expected = [case.dense(layer) for layer in range(case.layers)]
+    out = [case.nan_out() for _ in range(case.layers)]
+
+    def spoil() -> None:
+        for layer in range(case.layers):
+            out[layer].fill_(math.nan)
+            pages[block[writes], layer, :, last[writes] % PAGE] = math.nan
+
+    def forward() -> None:
+        for layer in range(case.layers):
+            key, value = kv[layer].chunk(2, dim=-1)
+            cache_write(key, value, case.pool, token, layer, case.layers, "triton")
+            inputs = (case.query, case.pool, out[layer], case.row_slot, case.row_len, case.tables)
+            extent_decode(*inputs, layer, case.scale, plan, "triton", early=True)
+
+    spoil()
+    forward()
+    replay, times = forward, 1
+    if device.type == "cuda":
+        graph, times = torch.cuda.CUDAGraph(), 50
+        with torch.cuda.graph(graph):
+            forward()
+        replay = graph.replay
+    for _ in range(times):
+        spoil()
+        replay()
+        for layer in range(case.layers):
+            assert_close(out[layer], expected[layer], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LaunchOptions, next_power_of_2
+from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
 
 
@@ -27,8 +27,10 @@ def cache_write_kernel(
     HEADS_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Write all KV heads of token `program_id(0)`."""
+    await_launch_before(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + row)
     if slot < 0:
@@ -77,4 +79,5 @@ def cache_write(
         value.stride(0),
         value.stride(1),
         **launch_options(num_layers, heads, head_size).kwargs(),
+        **overlap(pool.device),
     )

@@ -24,6 +24,8 @@ def chunk_gather(
     layout: LandmarkLayout,
     work: RecallWork,
     backend: Backend = "auto",
+    *,
+    early: bool = False,
 ) -> None:
     """Copy the page of each chunk that `chunk_select` found missing into a hot slot, for one layer.
 
@@ -46,6 +48,7 @@ def chunk_gather(
         layout: how the landmarks lie in their pages.
         work: `num_missing`, `missing` and `freed` are read.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+        early: whether the launch may overlap with the one before; see `launch.overlap`.
 
     Raises:
         ValueError: for a shape, dtype, stride, layer or backend that does not fit. Indices are not checked.
@@ -55,5 +58,8 @@ def chunk_gather(
         check_store(pool, store)
     if row_slot.shape[0] == 0:
         return
-    gather = fused.chunk_gather if use_triton(backend, pool) else naive.chunk_gather
-    gather(pool, store, row_slot, decode, recall, layer, layout, work)
+    inputs = (pool, store, row_slot, decode, recall, layer, layout, work)
+    if use_triton(backend, pool):
+        fused.chunk_gather(*inputs, early)
+    else:
+        naive.chunk_gather(*inputs)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
-from ..launch import LaunchOptions, next_power_of_2
+from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
 from ..recall.layout import INDEX_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, recalling_head
@@ -47,16 +47,18 @@ def chunk_gather_kernel(
     STORE_BLOCK: tl.constexpr,
     HAS_STORE: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Fetch every SPLIT-th missing chunk of item `program_id(0)`; a page is copied as it is, as int32."""
     BLOCK_PAGES: tl.constexpr = LAYERS * HEADS
     item = tl.program_id(0)
-    count = tl.load(num_missing + item)
-    if tl.program_id(1) >= count:
-        return
     slot, chunks, _, landmarks, first_chunk = recalling_head(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
+    await_launch_before(OVERLAP)
+    count = tl.load(num_missing + item)
+    if tl.program_id(1) >= count:
+        return
     first = landmarks + tl.cdiv(chunks, PLACES)
     slot = slot.to(tl.int64)
     arena_row = arena + slot * stride_arena
@@ -111,6 +113,7 @@ def chunk_gather(
     layer: int,
     layout: LandmarkLayout,
     work: RecallWork,
+    early: bool,
 ) -> None:
     """See `hybridkv_kernels.chunk_gather.chunk_gather`."""
     heads = decode.num_kv_heads
@@ -133,4 +136,5 @@ def chunk_gather(
         recall.store_blocks.stride(0),
         work.max_chunks,
         **launch_options(decode.num_layers, heads, layout, store is not None).kwargs(),
+        **overlap(pool.device, early),
     )

@@ -33,6 +33,7 @@ def chunk_recall(
     pin_first: int = 0,
     pin_recent: int = 0,
     backend: Backend = "auto",
+    early: bool = False,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Make the chunks hot that N decode rows of one layer need now: the hot slots then hold just these.
@@ -58,6 +59,7 @@ def chunk_recall(
         work,
         interval=interval,
         backend=backend,
+        early=early,
     )
     if meanwhile is not None:
         meanwhile()
@@ -74,5 +76,6 @@ def chunk_recall(
         pin_first=pin_first,
         pin_recent=pin_recent,
         backend=backend,
+        early=True,
     )
-    chunk_gather(pool, store, row_slot, decode, recall, layer, landmarks.layout, work, backend=backend)
+    chunk_gather(pool, store, row_slot, decode, recall, layer, landmarks.layout, work, backend, early=True)

@@ -29,6 +29,7 @@ def chunk_score(
     *,
     interval: int = 1,
     backend: Backend = "auto",
+    early: bool = False,
 ) -> None:
     """Estimate, for one layer, how much attention each chunk would get from each member of the query group.
 
@@ -52,6 +53,7 @@ def chunk_score(
         work: receives log_weight; room for N rows.
         interval: steps between two selections.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+        early: whether the launch may overlap with the one before; see `launch.overlap`.
 
     Raises:
         ValueError: for a shape, dtype, stride, layer or backend that does not fit. Indices are not checked.
@@ -67,5 +69,8 @@ def chunk_score(
     require(interval >= 1, "interval must be at least 1")
     if rows == 0:
         return
-    score = fused.chunk_score if use_triton(backend, pool) else naive.chunk_score
-    score(query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, interval)
+    inputs = (query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, interval)
+    if use_triton(backend, pool):
+        fused.chunk_score(*inputs, early)
+    else:
+        naive.chunk_score(*inputs)

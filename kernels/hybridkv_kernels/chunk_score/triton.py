@@ -11,7 +11,14 @@ from torch import Tensor
 from triton import knobs
 
 from ..extent_decode.tables import DecodeTables
-from ..launch import FULL_PRECISION, LaunchOptions, next_power_of_2, widen_dots
+from ..launch import (
+    FULL_PRECISION,
+    LaunchOptions,
+    await_launch_before,
+    next_power_of_2,
+    overlap,
+    widen_dots,
+)
 from ..pages import PAGE
 from ..recall.landmarks import Landmarks
 from ..recall.layout import STEP_BYTES, LandmarkLayout
@@ -59,6 +66,7 @@ def prepare_kernel(
     SPAN_PAD: tl.constexpr,
     LARGEST_LEVEL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Rotate the query group of item `program_id(0)`; run `program_id(1)` of its dimensions, as digits.
 
@@ -80,6 +88,7 @@ def prepare_kernel(
         HEADS,
         PLACES,
     )
+    await_launch_before(OVERLAP)
     if chunks == 0:
         return
     run = tl.program_id(1)
@@ -187,6 +196,7 @@ def sketch_kernel(
     TILE_CHUNKS: tl.constexpr,
     MEAN_PAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Log-weights of the chunks of landmark page `program_id(1)` of item `program_id(0)`, from its sketches.
 
@@ -211,6 +221,7 @@ def sketch_kernel(
         HEADS,
         PLACES,
     )
+    await_launch_before(OVERLAP)
     first_chunk = tl.program_id(1) * PLACES
     if first_chunk >= chunks:
         return
@@ -302,6 +313,7 @@ def bound_kernel(
     TILE_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Log-weights of TILE_CHUNKS chunks of item `program_id(0)`, from mean keys or from bounds."""
     item = tl.program_id(0)
@@ -319,6 +331,7 @@ def bound_kernel(
         HEADS,
         PLACES,
     )
+    await_launch_before(OVERLAP)
     chunk = tl.program_id(1) * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
     if tl.program_id(1) * TILE_CHUNKS >= chunks:
         return
@@ -435,6 +448,7 @@ def chunk_score(
     landmarks: Landmarks,
     work: RecallWork,
     interval: int,
+    early: bool,
 ) -> None:
     """See `hybridkv_kernels.chunk_score.chunk_score`."""
     rows, num_q_heads, _ = query.shape
@@ -461,6 +475,7 @@ def chunk_score(
             query.stride(1),
             decode.arena.stride(0),
             **options.kwargs(),
+            **overlap(pool.device, early),
         )
         return
     items = rows * heads
@@ -480,6 +495,7 @@ def chunk_score(
         query.stride(0),
         query.stride(1),
         **prepare_options(*shape, layout, pool.dtype).kwargs(),
+        **overlap(pool.device, early),
     )
     sketch_kernel[(items, layout.pages(work.max_chunks))](
         pool,
@@ -494,4 +510,5 @@ def chunk_score(
         work.max_chunks,
         decode.arena.stride(0),
         **sketch_options(*shape, layout).kwargs(),
+        **overlap(pool.device, early=True),
     )

@@ -29,6 +29,7 @@ def chunk_select(
     pin_first: int = 0,
     pin_recent: int = 0,
     backend: Backend = "auto",
+    early: bool = False,
 ) -> None:
     """Choose as many chunks of each recalling head as it has hot slots, for N decode rows of one layer.
 
@@ -62,6 +63,7 @@ def chunk_select(
         pin_first: chunks at the prompt's start that are chosen whatever they weigh.
         pin_recent: likewise at its end.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+        early: whether the launch may overlap with the one before; see `launch.overlap`.
 
     Raises:
         ValueError: for a shape, dtype, stride, layer, count or backend that does not fit. Indices are not
@@ -73,5 +75,8 @@ def chunk_select(
     require(min(pin_first, pin_recent) >= 0, "pin_first and pin_recent must not be negative")
     if row_slot.shape[0] == 0:
         return
-    select = fused.chunk_select if use_triton(backend, pool) else naive.chunk_select
-    select(pool, row_slot, row_len, decode, recall, layer, layout, work, interval, pin_first, pin_recent)
+    inputs = (pool, row_slot, row_len, decode, recall, layer, layout, work, interval, pin_first, pin_recent)
+    if use_triton(backend, pool):
+        fused.chunk_select(*inputs, early)
+    else:
+        naive.chunk_select(*inputs)

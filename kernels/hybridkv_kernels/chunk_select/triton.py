@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
-from ..launch import LaunchOptions, next_power_of_2
+from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
 from ..recall.layout import INDEX_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, selecting_head
@@ -72,6 +72,7 @@ def chunk_select_kernel(
     TILE: tl.constexpr,
     PART: tl.constexpr,
     MEMBERS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Choose the hot chunks of item `program_id(0)`: the key of the last one is found digit by digit."""
     item = tl.program_id(0)
@@ -89,6 +90,7 @@ def chunk_select_kernel(
         HEADS,
         PLACES,
     )
+    await_launch_before(OVERLAP)
     if chunks == 0:
         tl.store(num_missing + item, 0)
         return
@@ -200,6 +202,7 @@ def chunk_select(
     interval: int,
     pin_first: int,
     pin_recent: int,
+    early: bool,
 ) -> None:
     """See `hybridkv_kernels.chunk_select.chunk_select`."""
     heads = decode.num_kv_heads
@@ -224,4 +227,5 @@ def chunk_select(
         decode.arena.stride(0),
         max_chunks,
         **launch_options(decode.num_layers, heads, group, max_chunks, layout).kwargs(),
+        **overlap(pool.device, early),
     )

@@ -23,6 +23,8 @@ def extent_decode(
     scale: float,
     plan: DecodePlan | None,
     backend: Backend = "auto",
+    *,
+    early: bool = False,
 ) -> None:
     """Attention of N decode rows, compressed or not, for one layer.
 
@@ -47,6 +49,7 @@ def extent_decode(
         scale: factor on query . key, 1/sqrt(D) as a rule.
         plan: the plan of this step; the torch backend ignores it.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
+        early: whether the launch may overlap with the one before; see `launch.overlap`.
 
     Raises:
         ValueError: for a shape, dtype, stride, layer or backend that does not fit, and with Triton for
@@ -68,4 +71,4 @@ def extent_decode(
     if plan is None:
         raise ValueError("the Triton backend needs a plan")
     plan.check(rows, tables, group, head_size)
-    fused.extent_decode(query, pool, out, row_slot, row_len, tables, layer, scale, plan)
+    fused.extent_decode(query, pool, out, row_slot, row_len, tables, layer, scale, plan, early)

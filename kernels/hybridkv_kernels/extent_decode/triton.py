@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LaunchOptions, next_power_of_2, widen_dots
+from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap, widen_dots
 from ..pages import PAGE
 from .paging import head_lengths
 from .plan import SPLIT_GRANULE, DecodePlan
@@ -52,16 +52,16 @@ def decode_kernel(
     GRANULE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Attention of one query group over one split of its head's pages."""
     BLOCK_PAGES: tl.constexpr = LAYERS * HEADS
     TILE: tl.constexpr = TILE_PAGES * PAGE
     program = tl.program_id(0)
     layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
-    # Stale past the total, which is loaded meanwhile.
+    # Stale past the total.
     item = tl.load(work + layer.to(tl.int64) * stride_work + program)
-    if program >= tl.load(layer_offsets + items):
-        return
+    total_splits = tl.load(layer_offsets + items)
     row = (item // HEADS).to(tl.int64)
     head = item % HEADS
     first_split = tl.load(layer_offsets + item)
@@ -69,6 +69,9 @@ def decode_kernel(
     slot, first, extent_len, start, tail_len = head_lengths(
         row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
     )
+    await_launch_before(OVERLAP)
+    if program >= total_splits:
+        return
     extent_pages = tl.cdiv(extent_len, PAGE)
     pages = extent_pages + tl.cdiv(tail_len, PAGE)
     # Whole granules, of which the plan left enough for every split.
@@ -148,6 +151,7 @@ def merge_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Merge the splits of item `program_id(0)` for one member of its query group."""
     item = tl.program_id(0)
@@ -155,6 +159,7 @@ def merge_kernel(
     item_offset = offsets + layer.to(tl.int64) * stride_offsets + item
     begin = tl.load(item_offset)
     end = tl.load(item_offset + 1)
+    await_launch_before(OVERLAP)
     # The decode kernel wrote an unsplit head's output itself.
     if end - begin <= 1:
         return
@@ -238,6 +243,7 @@ def extent_decode(
     layer: int,
     scale: float,
     plan: DecodePlan,
+    early: bool,
 ) -> None:
     """See `hybridkv_kernels.extent_decode.extent_decode`."""
     rows, num_q_heads, head_size = query.shape
@@ -271,6 +277,7 @@ def extent_decode(
         plan.offsets.stride(0),
         plan.work.stride(0),
         **options.kwargs(),
+        **overlap(pool.device, early),
     )
     merge_kernel[(items, group)](
         out,
@@ -282,4 +289,5 @@ def extent_decode(
         out.stride(1),
         plan.offsets.stride(0),
         **merge_options(heads, group, head_size).kwargs(),
+        **overlap(pool.device, early=True),
     )

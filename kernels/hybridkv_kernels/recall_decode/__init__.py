@@ -83,6 +83,7 @@ def recall_decode(
     pin_first: int = 0,
     pin_recent: int = 0,
     backend: Backend = "auto",
+    early: bool = False,
 ) -> None:
     """`chunk_recall`, then `extent_decode`, for N decode rows of one layer.
 
@@ -98,18 +99,18 @@ def recall_decode(
         raise ValueError("the Triton backend needs a plan")
     beside = None if parts is None else parts.beside
 
-    def attend(part: DecodePlan | None) -> None:
-        extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend)
+    def attend(part: DecodePlan | None, early: bool) -> None:
+        extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend, early=early)
 
     def attend_static() -> None:
         if parts is None:
             return
         if beside is None:
-            attend(parts.static)
+            attend(parts.static, early=True)
             return
         beside.wait_stream(torch.cuda.current_stream(pool.device))
         with torch.cuda.stream(beside):
-            attend(parts.static)
+            attend(parts.static, early=False)
 
     chunk_recall(
         query,
@@ -127,9 +128,10 @@ def recall_decode(
         pin_first=pin_first,
         pin_recent=pin_recent,
         backend=backend,
+        early=early,
         meanwhile=attend_static,
     )
     # Without a plan, of all heads.
-    attend(None if parts is None else parts.recalling)
+    attend(None if parts is None else parts.recalling, early=True)
     if beside is not None:
         torch.cuda.current_stream(pool.device).wait_stream(beside)
