@@ -5,6 +5,7 @@
 #   kernels   compiled kernels and policies; needs torch, Triton and pytest only
 #   engine    vLLM with the plugin: tests of engine, worker and calibration
 #   speed     kernels against the card's limits and other libraries; the link to the host
+#   tune      a step of a layer under other tunings of the kernels
 #   engines   stock vLLM and hybridkv in one process each, on random weights of MODEL's shape (a folder)
 #   pruned, recalling, pressure   whole servers, stock and hybridkv, with random weights of MODEL's shape
 #
@@ -60,6 +61,13 @@ part() {
       run kernels_benchmark 80 python3 benchmarks/kernels.py --batch 32 --skew 16 --tier gpu,host \
         --out "$OUT/performance"
       ;;
+    tune)
+      local tier
+      for tier in gpu host; do
+        run "tune_$tier" 40 python3 benchmarks/tune.py --tier "$tier" --out "$OUT/tune_$tier.json"
+      done
+      run tune_pruned 40 python3 benchmarks/tune.py --dynamic 0 --out "$OUT/tune_pruned.json"
+      ;;
     # Time a token at equal batch; then how many requests a small cache lets decode at once.
     engines)
       run engines 40 python3 benchmarks/engines.py --model "$MODEL" --load-format dummy --scenarios batch \
@@ -73,13 +81,13 @@ part() {
     # Four times as many clients as stock has room for.
     pressure) servers pressure --scenarios images,chat --clients 4 --prompts-in-memory 4 --requests 48 ;;
     *)
-      echo "gpu_check.sh: unknown part $1 (known: kernels engine speed engines pruned recalling pressure)" >&2
+      echo "gpu_check.sh: unknown part $1 (known: kernels engine speed tune engines pruned recalling pressure)" >&2
       exit 2
       ;;
   esac
 }
 
-[ $# -gt 0 ] || set -- kernels engine speed engines pruned recalling pressure
+[ $# -gt 0 ] || set -- kernels engine speed tune engines pruned recalling pressure
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 if ! python3 -c 'import vllm' 2>/dev/null; then
   echo "vLLM is not installed: kernels only"

@@ -48,7 +48,8 @@ def milliseconds(
                 call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    rounds = -(-GRAPH_CALLS // len(calls))
+    # An even number of times each: calls may take turns between two states.
+    rounds = 2 * -(-GRAPH_CALLS // (2 * len(calls)))
     with torch.cuda.graph(graph, stream=stream):
         for call in [*calls] * rounds:
             call()

@@ -26,8 +26,11 @@ DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 # Hot chunks of a recalling head, where its share of the budget is no more than its landmarks.
 LEAST_HOT = 8
-# Tokens generated so far are 1 to this many, so that rows' lengths differ.
-MOST_GENERATED = 16
+# Tokens generated so far, so that rows' lengths differ. With an interval over the most no row chooses again.
+LEAST_GENERATED, MOST_GENERATED = 2, 16
+NO_CHOICE = MOST_GENERATED
+# Halvings in search of a query that misses a given share.
+HALVINGS = 12
 
 
 class CaseError(ValueError):
@@ -77,7 +80,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Misses:
-    """How each step finds some chosen chunks missing: their entries swap with chunks that are not chosen.
+    """How a choice finds some chosen chunks missing: their entries swap with chunks that are not chosen.
 
     Attributes:
         hot: `[M]` int64, places in the pool, as int32, of entries of chosen chunks.
@@ -146,10 +149,10 @@ class Layer:
         pages = self.landmarks.layout.pages(self.case.chunks)
         return self.case.batch * self.case.recalling * pages * self.landmarks.layout.page_bytes
 
-    def run_recall(self, backend: Backend) -> None:
-        """Scores, chooses and fetches."""
+    def run_recall(self, backend: Backend, query: Tensor | None = None) -> None:
+        """Scores, chooses and fetches, for the step's query or for another."""
         chunk_recall(
-            self.query,
+            self.query if query is None else query,
             self.pool,
             self.store,
             self.row_slot,
@@ -245,7 +248,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         DecodeTables(extents.to(device), arena, prompt_len, blocks),
         DecodeTables(zeros, arena, torch.zeros_like(prompt_len), blocks),
         rows,
-        prompt_len + 1 + rows % MOST_GENERATED,
+        prompt_len + LEAST_GENERATED + rows % (MOST_GENERATED - LEAST_GENERATED + 1),
         DecodePlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
         RecallPlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
         recall,
@@ -320,6 +323,51 @@ def find_misses(layer: Layer) -> Misses:
             pages = arena_pages(tables.arena[row], logical, KV_HEADS)
             found.append((place[chosen], place[other], slot[chosen], pages))
     return Misses(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def query_that_misses(layer: Layer) -> tuple[Tensor, Tensor]:
+    """A query that misses about the case's share of the chunks that the step's query has chosen.
+
+    It is the step's query, a random way off. The layer is left as it was, but for the order of hot slots.
+
+    Returns:
+        The query, `[batch, QUERY_HEADS, HEAD_SIZE]`, and the pages in the pool that its chunks are fetched
+        to, `[M]` int64.
+
+    Raises:
+        CaseError: no chunk is left that could be missing.
+    """
+    device, query = layer.pool.device, layer.query
+    generator = torch.Generator(device).manual_seed(0)
+    away = torch.randn(query.shape, generator=generator, dtype=DTYPE, device=device)
+    recalls = layer.recall.chunk_first >= 0
+    chosen = int((layer.compressed.extents[..., 1] // PAGE)[recalls].sum())
+    wanted = max(1, round(layer.case.missed * chosen))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    least, most = 0.0, 1.0
+    layer.run_recall("auto")
+    for _ in range(HALVINGS):
+        distance = (least + most) / 2
+        other = query + distance * away
+        layer.run_recall("auto", other)
+        pages = _filled_pages(layer)
+        layer.run_recall("auto")
+        found[len(pages)] = other, pages
+        least, most = (least, distance) if len(pages) > wanted else (distance, most)
+    found.pop(0, None)
+    if not found:
+        raise CaseError(f"{layer.case} has no other chunks to choose; take a smaller budget")
+    return found[min(found, key=lambda missed: abs(missed - wanted))]
+
+
+def _filled_pages(layer: Layer) -> Tensor:
+    """`[M]` int64, the pages in the pool that the last recall fetched missing chunks to."""
+    tables, pages = layer.compressed, []
+    for item, missed in enumerate(layer.work.num_missing.tolist()):
+        row, head = divmod(item, KV_HEADS)
+        logical = tables.extents[row, 0, head, 0] + layer.work.freed[item, :missed]
+        pages.append(arena_pages(tables.arena[row], logical, KV_HEADS))
+    return torch.cat(pages)
 
 
 def make_missing(layer: Layer, misses: Misses) -> None:

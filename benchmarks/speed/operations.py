@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -17,7 +18,17 @@ from hybridkv_kernels.recall_decode import recall_decode
 from torch import Tensor
 
 from speed.forward import make_forward, prefill
-from speed.layer import SCALE, Case, Layer, Misses, find_misses, make_layer, make_missing
+from speed.layer import (
+    NO_CHOICE,
+    SCALE,
+    Case,
+    Layer,
+    Misses,
+    find_misses,
+    make_layer,
+    make_missing,
+    query_that_misses,
+)
 from speed.prefill import landmarks, make_prompt, move, offload, prefill_end, window
 from speed.prepared import Prepared
 from speed.rivals import RIVALS
@@ -152,23 +163,51 @@ def gather(layer: Layer, backend: str) -> Prepared:
             backend=cast("Backend", backend),
         )
 
-    return Prepared(run, lambda: layer.pool[misses.page], num_bytes, lambda: _spoil(layer, misses))
+    def poison() -> None:
+        layer.pool[misses.page] = torch.nan
+
+    return Prepared(run, lambda: layer.pool[misses.page], num_bytes, poison)
 
 
 def step(layer: Layer, backend: str) -> Prepared:
-    """A decode step of a layer: score, choose and fetch where heads recall, and attend."""
-    attention = decode(layer, backend)
+    """A decode step of a layer: score, choose and fetch where heads recall, and attend.
+
+    Two queries take turns, and each misses a share of what the other has chosen.
+    """
     if not layer.case.recalling:
-        return attention
-    misses = find_misses(layer)
-    fetched = misses.slot.numel() * layer.landmarks.layout.page_bytes
+        return decode(layer, backend)
+    other, pages = query_that_misses(layer)
+    num_bytes = layer.landmark_bytes + len(pages) * layer.landmarks.layout.page_bytes
+    one = _recall_step(layer, backend, (other, layer.query), num_bytes)
+
+    def poison() -> None:
+        one.poison()
+        layer.pool[pages] = torch.nan
+
+    return replace(one, poison=poison)
+
+
+def step_in_place(layer: Layer, backend: str) -> Prepared:
+    """The same where every chosen chunk is hot already: nothing is fetched."""
+    return _recall_step(layer, backend, (layer.query,), layer.landmark_bytes)
+
+
+def step_between(layer: Layer, backend: str) -> Prepared:
+    """The same between two choices of an interval: the kernels of recall find nothing to do."""
+    return _recall_step(layer, backend, (layer.query,), 0, interval=NO_CHOICE)
+
+
+def _recall_step(
+    layer: Layer, backend: str, queries: tuple[Tensor, ...], num_bytes: int, interval: int = 1
+) -> Prepared:
+    """Recall, which reads `num_bytes`, and attention, for queries in turn."""
     out = torch.full_like(layer.query, torch.nan)
     layer.recall_plan.update(layer.row_slot, layer.row_len, layer.compressed, layer.recall)
+    turns = itertools.cycle(queries)
 
     def run() -> None:
-        make_missing(layer, misses)
         recall_decode(
-            layer.query,
+            next(turns),
             layer.pool,
             out,
             layer.store,
@@ -181,19 +220,11 @@ def step(layer: Layer, backend: str) -> Prepared:
             layer.landmarks,
             layer.work,
             layer.recall_plan,
+            interval=interval,
             backend=cast("Backend", backend),
         )
 
-    def poison() -> None:
-        out.fill_(torch.nan)
-        _spoil(layer, misses)
-
-    num_bytes = attention.num_bytes + layer.landmark_bytes + fetched
-    return Prepared(run, lambda: out, num_bytes, poison)
-
-
-def _spoil(layer: Layer, misses: Misses) -> None:
-    layer.pool[misses.page] = torch.nan
+    return Prepared(run, lambda: out, layer.compressed_bytes + num_bytes, lambda: out.fill_(torch.nan))
 
 
 def _always(case: Case) -> bool:
@@ -253,6 +284,8 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "select": Operation(make_layer, select, OURS, applies=_recalls),
         "gather": Operation(make_layer, gather, OURS, applies=_recalls),
         "step": Operation(make_layer, step, OURS),
+        "step_in_place": Operation(make_layer, step_in_place, OURS, applies=_recalls),
+        "step_between": Operation(make_layer, step_between, OURS, applies=_recalls),
         "prefill": Operation(make_forward, prefill, ("fa3", "sdpa"), _one_uncompressed),
         "prefill_end": Operation(make_prompt, prefill_end, OURS, _one),
         "window": Operation(make_prompt, window, OURS, _one),

@@ -16,6 +16,7 @@ from speed.prefill import LAYERS
 # The rivals' attention over everything is the same work as ours; other operations have no rival.
 DENSE = "dense"
 GATHER, OFFLOAD, PREFILL, PREFILL_END = "gather", "offload", "prefill", "prefill_end"
+STEP, STEP_IN_PLACE, STEP_BETWEEN = "step", "step_in_place", "step_between"
 SHIPS = "triton"
 COLUMNS = ("operation", "by", "size", "MiB read", "ms", "GB/s", "relative error")
 
@@ -96,7 +97,7 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
         if limit is not None and record.op != PREFILL_END:
             of_limit = record.num_bytes / (record.ms * 1e-3) / limit
             yield _ratio(f"{record.op}: bytes over time / bandwidth of a copy", record, of_limit)
-        if record.op in (DENSE, "decode", "step"):
+        if record.op in (DENSE, "decode", STEP):
             for rival in _like(results, DENSE, record.case, _is_rival):
                 if rival.ms is not None:
                     what = f"{record.op}: speed against {rival.backend} on all"
@@ -104,11 +105,22 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
         forward = _best(results, PREFILL, record.case, _is_right)
         if record.op == PREFILL_END and forward is not None and forward.ms is not None:
             yield _ratio("prefill_end: share of that prefill", record, record.ms / (LAYERS * forward.ms))
-        attention = _find(results, "decode", record)
-        if record.op == "step" and attention is not None and attention.ms is not None and attention.right:
-            for interval in (1, 4):
-                mean = attention.ms + (record.ms - attention.ms) / interval
-                yield _ratio(f"step: share of recall, interval {interval}", record, 1 - attention.ms / mean)
+        if record.op == STEP:
+            yield from _shares_of_recall(results, record, record.ms)
+
+
+def _shares_of_recall(results: Results, step: Record, step_ms: float) -> Iterator[Ratio]:
+    """What scoring and choosing add to attention, of a step's time; of several where each few choose once."""
+    parts = [_find(results, op, step) for op in ("decode", STEP_IN_PLACE, STEP_BETWEEN)]
+    times = [part.ms for part in parts if part is not None and part.ms is not None and part.right]
+    if len(times) < len(parts):
+        return
+    attention, in_place, between = times
+    for interval in (1, 4):
+        others = interval - 1
+        own = (in_place - attention) + others * (between - attention)
+        value = own / (step_ms + others * between)
+        yield _ratio(f"step: share of recall, interval {interval}", step, value)
 
 
 def crosses_link(record: Record) -> bool:

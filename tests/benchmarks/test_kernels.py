@@ -13,7 +13,16 @@ import torch
 from hybridkv_quality.environment import environment
 from scripts import load
 from speed import forward, operations, prefill
-from speed.layer import KV_HEADS, Case, CaseError, find_misses, head_pages, make_layer, make_missing
+from speed.layer import (
+    KV_HEADS,
+    Case,
+    CaseError,
+    find_misses,
+    head_pages,
+    make_layer,
+    make_missing,
+    query_that_misses,
+)
 from speed.operations import OPERATIONS, relative_error
 from speed.results import Ratio, Record, Results, find_ratios, plot
 
@@ -140,6 +149,23 @@ def test_a_step_misses_as_many_chunks_as_asked(missed: float) -> None:
     assert torch.equal(layer.pool[misses.page], layer.copy().pool[misses.page])
 
 
+def test_two_queries_in_turn_miss_what_was_asked_for() -> None:
+    layer = make_layer(Case(2, 1024, 0.5, dynamic=0.5, missed=0.1), DEVICE, seed=1)
+    hot = int(layer.compressed.extents[..., 1][layer.recall.chunk_first >= 0].sum()) // 16
+    other, pages = query_that_misses(layer)
+    assert len(pages) == pytest.approx(0.1 * hot, abs=2)
+    for query in (other, layer.query) * 2:
+        before = layer.work.counters.sum(0)
+        layer.run_recall("torch", query)
+        assert (layer.work.counters.sum(0) - before).tolist() == [hot - len(pages), len(pages)]
+    # The same for a copy, which another backend works on.
+    again, same = query_that_misses(layer.copy())
+    assert torch.equal(again, other)
+    assert sorted(same.tolist()) == sorted(pages.tolist())
+    with pytest.raises(CaseError, match="smaller budget"):
+        query_that_misses(make_layer(Case(2, 256, 2.0, dynamic=0.5), DEVICE, seed=1))
+
+
 def test_pages_of_heads_fill_the_budget() -> None:
     pruned, hot = head_pages(Case(1, 4096, 0.25, skew=8.0, dynamic=0.5), landmark_pages=20)
     assert len(pruned) == KV_HEADS // 2
@@ -177,11 +203,16 @@ def test_the_share_of_recall_and_the_link_of_the_tier() -> None:
     sizes = {"dynamic": 0.5, "tier": "host"}
     attention = record("decode", "triton", 2.0, 10**9, **sizes)
     step = record("step", "triton", 4.0, 10**9, **sizes)
+    in_place = record("step_in_place", "triton", 3.6, 10**9, **sizes)
+    between = record("step_between", "triton", 2.2, 10**9, **sizes)
     gather = record("gather", "triton", 1.0, 8 * 10**6, **sizes)
     gather.link_ms = 0.8
-    found = ratios(attention, step, gather)
-    assert found["step: share of recall, interval 1"] == pytest.approx(0.5)
-    assert found["step: share of recall, interval 4"] == pytest.approx(0.2)
+    found = ratios(attention, step, in_place, between, gather)
+    # Fetching is not part of it.
+    assert found["step: share of recall, interval 1"] == pytest.approx(1.6 / 4)
+    assert found["step: share of recall, interval 4"] == pytest.approx((1.6 + 3 * 0.2) / (4 + 3 * 2.2))
+    wrong = between.model_copy(update={"right": False})
+    assert not any("share of recall" in what for what in ratios(attention, step, in_place, wrong))
     # A pinned copy of as many bytes takes four fifths of the time.
     assert found["gather: bytes over time / bandwidth of a copy"] == pytest.approx(0.8)
 

@@ -1,0 +1,187 @@
+"""Times a layer's decode step under other tunings of the kernels, to see which constants a card wants.
+
+Each variant changes one thing of what ships, is checked against the torch reference, and is timed in the same
+run. On a CPU it runs small, under Triton's interpreter, without times.
+
+    python benchmarks/tune.py --out benchmarks/results/tune.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+# Without a GPU only the interpreter runs Triton's kernels; it is chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from hybridkv_kernels import chunk_gather, chunk_score, chunk_select, extent_decode, recall_decode
+from hybridkv_kernels.chunk_recall import chunk_recall
+from hybridkv_kernels.extent_decode import plan
+from hybridkv_kernels.launch import LaunchOptions, overlap
+from hybridkv_quality.environment import environment
+from rich.console import Console
+from rich.table import Table
+from speed.clock import milliseconds
+from speed.layer import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Case, Layer, make_layer
+from speed.operations import OPERATIONS, TOLERANCE, relative_error
+from torch import Tensor
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change.
+
+    Attributes:
+        constants: (module, name) and the value that a module's constant has instead.
+        options: (module, name) of a function that returns `LaunchOptions`, and what is replaced of them.
+        layer: changes the layer.
+    """
+
+    constants: Mapping[tuple[ModuleType, str], Any] = field(default_factory=dict)
+    options: Mapping[tuple[ModuleType, str], Mapping[str, int]] = field(default_factory=dict)
+    layer: Callable[[Layer], Layer] = lambda layer: layer
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Makes the changes of modules for as long as it lasts."""
+        with ExitStack() as stack:
+            for (module, name), value in self.constants.items():
+                stack.enter_context(patch.object(module, name, value))
+            for (module, name), changes in self.options.items():
+                # Past the cache, which knows nothing of changed constants.
+                original = getattr(module, name).__wrapped__
+                stack.enter_context(patch.object(module, name, _changed(original, changes)))
+            yield
+
+
+def _changed(
+    original: Callable[..., LaunchOptions], changes: Mapping[str, int]
+) -> Callable[..., LaunchOptions]:
+    def options(*args: Any) -> LaunchOptions:
+        return original(*args)._replace(**changes)
+
+    return options
+
+
+SCORE, SELECT, GATHER = chunk_score.fused, chunk_select.fused, chunk_gather.fused
+DECODE = extent_decode.fused
+
+
+def _in_order(layer: Layer) -> Layer:
+    return replace(layer, recall_plan=replace(layer.recall_plan, beside=None))
+
+
+def _score_beside(*args: Any, meanwhile: Callable[[], None], **kwargs: Any) -> None:
+    meanwhile()
+    chunk_recall(*args, **kwargs)
+
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        "as it ships": Variant(),
+        "no launch begins early": Variant(
+            {
+                (module, "overlap"): lambda device, early=False: overlap(device)
+                for module in (SCORE, SELECT, GATHER, DECODE)
+            }
+        ),
+        "static heads before recall": Variant(layer=_in_order),
+        "static heads beside the scores too": Variant({(recall_decode, "chunk_recall"): _score_beside}),
+        **{f"{number} programs beside": Variant({(plan, "PROGRAMS_BESIDE"): number}) for number in (1, 3, 4)},
+        **{
+            f"{number} programs": Variant({(plan, "PROGRAMS_PER_MULTIPROCESSOR"): number})
+            for number in (2, 4, 6)
+        },
+        **{
+            f"scores of {tile} chunks, {warps} warps, {stages} stages": Variant(
+                {(SCORE, "TILE_CHUNKS"): tile},
+                {(SCORE, "sketch_options"): {"num_warps": warps, "num_stages": stages}},
+            )
+            for tile, warps, stages in ((1, 1, 2), (2, 1, 1), (2, 1, 3), (4, 1, 2), (4, 2, 2), (8, 4, 2))
+        },
+        **{
+            f"choice by {warps} warps": Variant(options={(SELECT, "launch_options"): {"num_warps": warps}})
+            for warps in (4, 16)
+        },
+        **{
+            f"{split} fetches at once": Variant({(GATHER, "SPLIT"): split}, {(GATHER, "launch_options"): {}})
+            for split in (2, 4, 16)
+        },
+        **{
+            f"attention of {warps} warps, {stages} stages": Variant(
+                options={(DECODE, "launch_options"): {"num_warps": warps, "num_stages": stages}}
+            )
+            for warps, stages in ((2, 3), (2, 5), (4, 4))
+        },
+    }
+)
+
+
+def measure(name: str, layer: Layer, reference: Tensor) -> tuple[float | None, float]:
+    """Milliseconds of a step, None on a CPU, and its error relative to the reference."""
+    variant, device = VARIANTS[name], layer.pool.device
+    with variant.applied():
+        rows = layer.case.batch
+        decode_plan = plan.DecodePlan.create(rows, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device)
+        recall_plan = recall_decode.RecallPlan.create(rows, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device)
+    changed = variant.layer(replace(layer, plan=decode_plan, recall_plan=recall_plan))
+    # Outside, so that all variants get the same queries.
+    step = OPERATIONS["step"].prepare(changed, "triton")
+    with variant.applied():
+        step.poison()
+        step.run()
+        error = relative_error(step.result(), reference)
+        return milliseconds([step.run], device), error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures all variants and prints them, the fastest first; 1 where one is wrong."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=32 if on_gpu else 2)
+    parser.add_argument("--prompt", type=int, default=32768 if on_gpu else 512)
+    parser.add_argument("--budget", type=float, default=0.1 if on_gpu else 0.5)
+    parser.add_argument("--skew", type=float, default=16.0)
+    parser.add_argument("--dynamic", type=float, default=0.5, help="share of heads that recall")
+    parser.add_argument("--tier", choices=("gpu", "host"), default="gpu")
+    parser.add_argument("--out", type=Path, help="JSON file, written after each variant")
+    args = parser.parse_args(arguments)
+    case = Case(args.batch, args.prompt, args.budget, args.skew, args.dynamic, args.tier)
+    layer = make_layer(case, torch.device("cuda" if on_gpu else "cpu"), SEED)
+    step = OPERATIONS["step"].prepare(layer.copy(), "torch")
+    step.run()
+    reference = step.result()
+    found: dict[str, dict[str, float | None]] = {}
+    for name in VARIANTS:
+        ms, error = measure(name, layer, reference)
+        found[name] = {"ms": ms, "error": error}
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            report = {"environment": environment().model_dump(), "case": asdict(case), "variants": found}
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    table = Table("variant", "us", "relative error", title=f"a step of a layer: {case}")
+    for name, record in sorted(found.items(), key=lambda item: item[1]["ms"] or 0.0):
+        us = "-" if record["ms"] is None else f"{record['ms'] * 1e3:.1f}"
+        table.add_row(name, us, f"{record['error']:.0e}")
+    Console().print(table)
+    return int(any(not record["error"] <= TOLERANCE for record in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
