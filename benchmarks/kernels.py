@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
 from speed.layer import Case, CaseError
-from speed.operations import OPERATIONS, TOLERANCE, relative_error
+from speed.operations import OPERATIONS, TOLERANCE
 from speed.prepared import Prepared
 from speed.results import COLUMNS, Record, Results, crosses_link, find_ratios, plot, size, write
 from speed.rivals import RIVALS
@@ -150,7 +150,7 @@ def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None
     record.num_bytes = prepared.num_bytes
     found = [_result(one) for one in (reference, prepared) if one is not None]
     if check:
-        record.error = relative_error(found[-1], found[0])
+        record.error = prepared.error(found[-1], found[0])
         record.right = record.error <= TOLERANCE
     del found, reference
     others = range(1, sets_needed(prepared.num_bytes, device))

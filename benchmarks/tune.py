@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from speed.clock import milliseconds
 from speed.layer import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Case, Layer, make_layer
-from speed.operations import OPERATIONS, TOLERANCE, relative_error
+from speed.operations import OPERATIONS, TOLERANCE
 from torch import Tensor
 
 SEED = 0
@@ -144,7 +144,7 @@ def measure(name: str, layer: Layer, reference: Tensor) -> tuple[float | None, f
     with variant.applied():
         step.poison()
         step.run()
-        error = relative_error(step.result(), reference)
+        error = step.error(step.result(), reference)
         return milliseconds([step.run], device), error
 
 

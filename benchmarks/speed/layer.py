@@ -352,7 +352,8 @@ def query_that_misses(layer: Layer) -> tuple[Tensor, Tensor]:
         layer.run_recall("auto", other)
         pages = _filled_pages(layer)
         layer.run_recall("auto")
-        found[len(pages)] = other, pages
+        # The first of as many: later ones come ever nearer to where a choice is a matter of rounding.
+        found.setdefault(len(pages), (other, pages))
         least, most = (least, distance) if len(pages) > wanted else (distance, most)
     found.pop(0, None)
     if not found:

@@ -30,19 +30,13 @@ from speed.layer import (
     query_that_misses,
 )
 from speed.prefill import landmarks, make_prompt, move, offload, prefill_end, window
-from speed.prepared import Prepared
+from speed.prepared import Prepared, error_of_most_heads
 from speed.rivals import RIVALS
 
 OURS: tuple[Backend, ...] = ("triton", "torch")
 # Relative error of bf16 results, as norms.
 TOLERANCE = 1e-2
 STALE = -7
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over that of `expected`; infinite where something is not a number."""
-    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-    return float(error) if torch.isfinite(error) else float("inf")
 
 
 def _attention(layer: Layer, tables: DecodeTables, num_bytes: int, backend: Backend) -> Prepared:
@@ -224,7 +218,8 @@ def _recall_step(
             backend=cast("Backend", backend),
         )
 
-    return Prepared(run, lambda: out, layer.compressed_bytes + num_bytes, lambda: out.fill_(torch.nan))
+    num_bytes += layer.compressed_bytes
+    return Prepared(run, lambda: out, num_bytes, lambda: out.fill_(torch.nan), error=error_of_most_heads)
 
 
 def _always(case: Case) -> bool:

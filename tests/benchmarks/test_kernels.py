@@ -23,7 +23,8 @@ from speed.layer import (
     make_missing,
     query_that_misses,
 )
-from speed.operations import OPERATIONS, relative_error
+from speed.operations import OPERATIONS
+from speed.prepared import error_of_most_heads, relative_error
 from speed.results import Ratio, Record, Results, find_ratios, plot
 
 kernels = load("kernels")
@@ -164,6 +165,19 @@ def test_two_queries_in_turn_miss_what_was_asked_for() -> None:
     assert sorted(same.tolist()) == sorted(pages.tolist())
     with pytest.raises(CaseError, match="smaller budget"):
         query_that_misses(make_layer(Case(2, 256, 2.0, dynamic=0.5), DEVICE, seed=1))
+
+
+def test_a_choice_that_rounding_decides_is_not_an_error_and_more_are() -> None:
+    expected = torch.randn(8, 28, 128)
+    found = expected * 1.001
+    found[3, 7:14] = torch.nan
+    found[5, :7] += 1
+    assert error_of_most_heads(found, expected) == pytest.approx(1e-3, rel=1e-3)
+    found[6, :7] += 1
+    assert error_of_most_heads(found, expected) > 0.5
+    few = expected[:2].clone()
+    few[1, 27] += 1
+    assert error_of_most_heads(few, expected[:2]) > 0.1
 
 
 def test_pages_of_heads_fill_the_budget() -> None:
