@@ -78,4 +78,16 @@ def chunk_recall(
         backend=backend,
         early=True,
     )
-    chunk_gather(pool, store, row_slot, decode, recall, layer, landmarks.layout, work, backend, early=True)
+    chunk_gather(
+        pool,
+        store,
+        row_slot,
+        decode,
+        recall,
+        layer,
+        landmarks.layout,
+        work,
+        backend,
+        # Programs that wait take room, which what goes on meanwhile needs.
+        early=meanwhile is None,
+    )

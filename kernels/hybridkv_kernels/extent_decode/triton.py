@@ -289,5 +289,6 @@ def extent_decode(
         out.stride(1),
         plan.offsets.stride(0),
         **merge_options(heads, group, head_size).kwargs(),
-        **overlap(pool.device, early=True),
+        # Its programs take room while they wait, which the recall beside static heads needs.
+        **overlap(pool.device, early=plan.part != "static"),
     )

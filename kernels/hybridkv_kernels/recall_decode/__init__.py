@@ -99,18 +99,19 @@ def recall_decode(
         raise ValueError("the Triton backend needs a plan")
     beside = None if parts is None else parts.beside
 
-    def attend(part: DecodePlan | None, early: bool) -> None:
-        extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend, early=early)
+    def attend(part: DecodePlan | None) -> None:
+        # Not early: its programs would take the room of the other part's while they wait.
+        extent_decode(query, pool, out, row_slot, row_len, decode, layer, scale, part, backend)
 
     def attend_static() -> None:
         if parts is None:
             return
         if beside is None:
-            attend(parts.static, early=True)
+            attend(parts.static)
             return
         beside.wait_stream(torch.cuda.current_stream(pool.device))
         with torch.cuda.stream(beside):
-            attend(parts.static, early=False)
+            attend(parts.static)
 
     chunk_recall(
         query,
@@ -132,6 +133,6 @@ def recall_decode(
         meanwhile=attend_static,
     )
     # Without a plan, of all heads.
-    attend(None if parts is None else parts.recalling, early=True)
+    attend(None if parts is None else parts.recalling)
     if beside is not None:
         torch.cuda.current_stream(pool.device).wait_stream(beside)
