@@ -99,7 +99,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
                 for module in (SCORE, SELECT, GATHER, DECODE)
             }
         ),
-        "static heads before recall": Variant(layer=_in_order),
+        "static heads between scores and choice": Variant(layer=_in_order),
         "static heads beside the scores too": Variant({(recall_decode, "chunk_recall"): _score_beside}),
         **{f"{number} programs beside": Variant({(plan, "PROGRAMS_BESIDE"): number}) for number in (1, 3, 4)},
         **{
