@@ -38,6 +38,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_API_KEY": "vLLM's. The HTTP routes that tell figures ask for the same key.",
     "HYBRIDKV_METRICS_DIR": "Folder of the metrics files. Unset, the server makes a temporary one, and sets "
     "the variable for its own processes. Two servers must not share one.",
+    "HYBRIDKV_OVERLAP": "`0` launches a layer's kernels one after the other. Unset, they overlap on NVIDIA "
+    "GPUs from Hopper on.",
     "PROMETHEUS_MULTIPROC_DIR": "vLLM sets it where several API servers share their metrics; HybridKV's then "
     "lie there too.",
     "TRITON_INTERPRET": "Triton's. `1` runs kernels without a GPU, slowly; `make setup` does so on such a "

@@ -1,6 +1,7 @@
 """What a Triton launch is tuned by, for the wrappers and the compile check; and how launches overlap."""
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ FULL_PRECISION = "tf32x3"
 
 OVERLAP_CAPABILITY = 90
 """The least compute capability that has programmatic dependent launch (Hopper)."""
+
+OVERLAP_SWITCH = "HYBRIDKV_OVERLAP"
+"""Environment variable: 0 launches kernels one after the other, as on older cards; read once."""
 
 
 class LaunchOptions(NamedTuple):
@@ -43,7 +47,7 @@ def overlap(device: torch.device, early: bool = False) -> dict[str, Any]:
             the step's rows and its plan, which must not be written by the last launch that was not early,
             nor since: within a layer nothing writes them.
     """
-    can = device.type == "cuda" and torch.version.hip is None
+    can = device.type == "cuda" and torch.version.hip is None and os.environ.get(OVERLAP_SWITCH) != "0"
     can = can and 10 * torch.cuda.get_device_capability(device)[0] >= OVERLAP_CAPABILITY
     return {"OVERLAP": can, "launch_pdl": True} if can and early else {"OVERLAP": can}
 
