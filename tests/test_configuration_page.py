@@ -57,7 +57,7 @@ def test_every_option_and_variable_is_there(generator: ModuleType) -> None:
     page = generator.page()
     for name in (*ServerOptions.model_fields, *RequestOptions.model_fields):
         assert f"### `{name}`\n" in page
-    read = set(variables_read(ROOT / "hybridkv_vllm"))
+    read = {name for folder in ("hybridkv_vllm", "kernels") for name in variables_read(ROOT / folder)}
     assert "HYBRIDKV_METRICS_DIR" in read
     assert read == set(generator.ENVIRONMENT)
 
