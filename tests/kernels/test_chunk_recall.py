@@ -225,10 +225,9 @@ def test_answers_are_the_attention_to_the_chosen_chunks(
     generate(case, "torch", tier=tier)
 
 
-@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("kind", ["sketch", "sketch2", "minmax"])
-def test_triton_answers_alike(kind: LandmarkKind, early: bool, device: torch.device) -> None:
-    generate(make_case(kind, 3, device), "triton", steps=12, early=early)
+def test_triton_answers_alike(kind: LandmarkKind, device: torch.device) -> None:
+    generate(make_case(kind, 3, device), "triton", steps=12, early=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
