@@ -28,8 +28,10 @@ if not torch.cuda.is_available():
 
 from hybridkv_kernels import chunk_gather, chunk_score, chunk_select, extent_decode, recall_decode
 from hybridkv_kernels.chunk_recall import chunk_recall
+from hybridkv_kernels.chunk_score import plan as score_planning
 from hybridkv_kernels.extent_decode import plan
 from hybridkv_kernels.launch import LaunchOptions, overlap
+from hybridkv_kernels.recall.work import RecallWork
 from hybridkv_quality.environment import environment
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +87,15 @@ def _in_order(layer: Layer) -> Layer:
     return replace(layer, recall_plan=replace(layer.recall_plan, beside=None))
 
 
+def _among_longer(layer: Layer) -> Layer:
+    """Where prompts four times as long may come, as where the model's full context is served."""
+    case, device = layer.case, layer.pool.device
+    work = RecallWork.create(
+        case.batch, KV_HEADS, QUERY_HEADS, layer.landmarks, 4 * case.chunks, case.batch, device
+    )
+    return replace(layer, work=work)
+
+
 def _score_beside(*args: Any, meanwhile: Callable[[], None], **kwargs: Any) -> None:
     meanwhile()
     chunk_recall(*args, **kwargs)
@@ -99,12 +110,17 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
                 for module in (SCORE, SELECT, GATHER, DECODE)
             }
         ),
+        "where longer prompts may come": Variant(layer=_among_longer),
         "static heads between scores and choice": Variant(layer=_in_order),
         "static heads beside the scores too": Variant({(recall_decode, "chunk_recall"): _score_beside}),
         **{f"{number} programs beside": Variant({(plan, "PROGRAMS_BESIDE"): number}) for number in (1, 3, 4)},
         **{
             f"{number} programs": Variant({(plan, "PROGRAMS_PER_MULTIPROCESSOR"): number})
             for number in (2, 4, 6)
+        },
+        **{
+            f"scores by {number} programs": Variant({(score_planning, "PROGRAMS_PER_MULTIPROCESSOR"): number})
+            for number in (12, 16, 32, 48, 96)
         },
         **{
             f"scores of {tile} chunks, {warps} warps, {stages} stages": Variant(
@@ -137,7 +153,9 @@ def measure(name: str, layer: Layer, reference: Tensor) -> tuple[float | None, f
     with variant.applied():
         rows = layer.case.batch
         decode_plan = plan.DecodePlan.create(rows, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device)
-        recall_plan = recall_decode.RecallPlan.create(rows, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device)
+        recall_plan = recall_decode.RecallPlan.create(
+            rows, 1, KV_HEADS, QUERY_HEADS, layer.landmarks.layout, device
+        )
     changed = variant.layer(replace(layer, plan=decode_plan, recall_plan=recall_plan))
     # Outside, so that all variants get the same queries.
     step = OPERATIONS["step"].prepare(changed, "triton")

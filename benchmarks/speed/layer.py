@@ -151,6 +151,7 @@ class Layer:
 
     def run_recall(self, backend: Backend, query: Tensor | None = None) -> None:
         """Scores, chooses and fetches, for the step's query or for another."""
+        self.recall_plan.update(self.row_slot, self.row_len, self.compressed, self.recall)
         chunk_recall(
             self.query if query is None else query,
             self.pool,
@@ -163,6 +164,7 @@ class Layer:
             SCALE,
             self.landmarks,
             self.work,
+            self.recall_plan.scores,
             interval=1,
             backend=backend,
         )
@@ -250,7 +252,7 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         rows,
         prompt_len + LEAST_GENERATED + rows % (MOST_GENERATED - LEAST_GENERATED + 1),
         DecodePlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
-        RecallPlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, HEAD_SIZE, device),
+        RecallPlan.create(case.batch, 1, KV_HEADS, QUERY_HEADS, landmarks.layout, device),
         recall,
         landmarks,
         RecallWork.create(case.batch, KV_HEADS, QUERY_HEADS, landmarks, case.chunks, case.batch, device),

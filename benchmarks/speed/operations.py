@@ -77,6 +77,7 @@ def dense(layer: Layer, backend: str) -> Prepared:
 def score(layer: Layer, backend: str) -> Prepared:
     """Landmarks to chunk weights."""
     work = layer.work
+    layer.recall_plan.update(layer.row_slot, layer.row_len, layer.compressed, layer.recall)
 
     def run() -> None:
         chunk_score(
@@ -90,6 +91,7 @@ def score(layer: Layer, backend: str) -> Prepared:
             SCALE,
             layer.landmarks,
             work,
+            layer.recall_plan.scores,
             backend=cast("Backend", backend),
         )
 
@@ -196,7 +198,7 @@ def _recall_step(
 ) -> Prepared:
     """Recall, which reads `num_bytes`, and attention, for queries in turn."""
     out = torch.full_like(layer.query, torch.nan)
-    layer.recall_plan.update(layer.row_slot, layer.row_len, layer.compressed, layer.recall)
+    layer.recall_plan.update(layer.row_slot, layer.row_len, layer.compressed, layer.recall, interval)
     turns = itertools.cycle(queries)
 
     def run() -> None:

@@ -299,6 +299,7 @@ def landmarks(prompt: Prompt, backend: str) -> Prepared:
             SCALE,
             recall.landmarks,
             recall.work,
+            None,
             backend="torch",
         )
         weights = recall.work.log_weight[prompt.chunk_first[0] >= 0]

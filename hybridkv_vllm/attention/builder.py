@@ -102,8 +102,8 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         if num_decodes:
             row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]
             recall = tables.recall
-            if recall is not None and recall.plan is not None:
-                recall.plan.update(row_slot, row_len, tables.decode, recall.tables)
+            if recall is not None:
+                recall.update_plan(row_slot, row_len, tables.decode)
             if tables.work is not None:
                 tables.work.update(row_slot, row_len, tables.decode)
             tokens = slice(0, num_decodes)

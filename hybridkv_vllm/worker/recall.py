@@ -92,7 +92,7 @@ class RecallState:
                 shape.num_layers,
                 shape.num_kv_heads,
                 shape.num_query_heads,
-                shape.head_size,
+                landmarks.layout,
                 device,
             )
         return cls(tables, work, plan, landmarks, tier, options, backend, stream)
@@ -102,6 +102,11 @@ class RecallState:
         self.tables.chunk_first[slot].fill_(-1)
         if self.tier is not None:
             self.tier.release(slot)
+
+    def update_plan(self, row_slot: Tensor, row_len: Tensor, decode: DecodeTables) -> None:
+        """Splits the coming step's decode rows over programs, where the kernels in use need that."""
+        if self.plan is not None:
+            self.plan.update(row_slot, row_len, decode, self.tables, self.options.recall_interval)
 
     def decode(
         self,

@@ -34,7 +34,8 @@ from . import (
     landmark_build,
     window_scores,
 )
-from .extent_decode import plan
+from .extent_decode import work_list
+from .extent_decode.plan import SPLIT_GRANULE
 from .launch import OVERLAP_CAPABILITY, LaunchOptions
 from .recall.layout import LandmarkKind, LandmarkLayout
 
@@ -70,7 +71,7 @@ KERNEL_MODULES = (
     "chunk_score.triton",
     "chunk_select.triton",
     "compact.triton",
-    "extent_decode.plan",
+    "extent_decode.work_list",
     "extent_decode.triton",
     "landmark_build.triton",
     "window_scores.triton",
@@ -183,8 +184,9 @@ def _kernels(dtype: torch.dtype, head_size: int, group: int) -> Iterator[tuple[s
         yield "chunk_select.triton", "chunk_select_kernel", select
     yield from _landmark_kernels(dtype, head_size, group)
     yield "compact.triton", "compact_kernel", compact.fused.launch_options(*heads, head_size, dtype)
-    for part in get_args(plan.Part):
-        yield "extent_decode.plan", "plan_kernel", plan.launch_options(*heads, part)
+    for part in get_args(work_list.Part):
+        split = (1, layout.places) if part == "selecting" else (SPLIT_GRANULE,)
+        yield "extent_decode.work_list", "plan_kernel", work_list.launch_options(*heads, part, *split)
     yield "extent_decode.triton", "decode_kernel", decode
     yield "extent_decode.triton", "merge_kernel", merge
     yield "window_scores.triton", "statistics_kernel", window

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.extent_decode import DecodeTables
+from hybridkv_kernels.extent_decode.work_list import WorkList
 from hybridkv_kernels.landmark_build import landmark_build
 from hybridkv_kernels.recall.landmarks import Landmarks
 from hybridkv_kernels.recall.layout import LandmarkKind
@@ -42,6 +43,18 @@ class RecallCase:
         for buffer in (work.log_weight, work.terms):
             buffer.fill_(math.nan)
         return work
+
+    def plan(
+        self, row_slot: Tensor, row_len: Tensor, interval: int = 1, target_programs: int = 16
+    ) -> WorkList:
+        """The plan of a step's scores."""
+        layout, layers, heads = self.landmarks.layout, self.decode.num_layers, self.decode.num_kv_heads
+        rows, device = row_slot.shape[0], self.pool.device
+        plan = WorkList.create(
+            rows, layers, heads, device, target_programs, 1, part="selecting", places=layout.places
+        )
+        plan.update(row_slot, row_len, self.decode, self.recall, interval)
+        return plan
 
     def expected(self, slot: int, layer: int, head: int, query: Tensor, scale: float) -> Tensor:
         """log2 weights [n] of one query head [D], in fp64, by the definition of the kind."""

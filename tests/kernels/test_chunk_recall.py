@@ -114,7 +114,9 @@ def generate(
     plan = None
     if backend == "triton":
         heads = generation.heads
-        plan = RecallPlan.create(len(PROMPTS) + 1, 1, heads, heads * GROUP, HEAD_SIZE, case.pool.device)
+        plan = RecallPlan.create(
+            len(PROMPTS) + 1, 1, heads, heads * GROUP, case.landmarks.layout, case.pool.device
+        )
     answers = []
     for step in range(steps):
         # With an interval all requests must go in step for `selects` to be the same for all rows.
@@ -125,7 +127,7 @@ def generate(
             len(row_slot), generation.heads * GROUP, HEAD_SIZE, case.pool.dtype, case.pool.device
         )
         if plan is not None:
-            plan.update(row_slot, row_len, case.decode, case.recall)
+            plan.update(row_slot, row_len, case.decode, case.recall, interval)
         # A launch that writes nothing of what an early one reads ahead.
         out = torch.full_like(query, math.nan)
         recall_decode(
@@ -157,7 +159,7 @@ def test_each_plan_attends_its_own_heads(device: torch.device) -> None:
     heads, generation = case.decode.num_kv_heads, Generation(case)
     row_slot, row_len = generation.grow([0, 1, 2])
     query = torch.randn(4, heads * GROUP, HEAD_SIZE, device=device)
-    plan = RecallPlan.create(4, 1, heads, heads * GROUP, HEAD_SIZE, device)
+    plan = RecallPlan.create(4, 1, heads, heads * GROUP, case.landmarks.layout, device)
     plan.update(row_slot, row_len, case.decode, case.recall)
     recalls = torch.tensor(
         [[False, False], *([generation.recalls(slot, h) for h in range(2)] for slot in range(3))]
@@ -168,7 +170,7 @@ def test_each_plan_attends_its_own_heads(device: torch.device) -> None:
         written = ~out.view(4, heads, -1).isnan()
         assert torch.equal(written.all(-1).cpu(), wanted)
         assert torch.equal(written.any(-1).cpu(), wanted)
-    with pytest.raises(ValueError, match="plan of recalling heads needs chunk_first"):
+    with pytest.raises(ValueError, match="plan of recalling heads needs the recall tables"):
         plan.recalling.update(row_slot, row_len, case.decode)
 
 
@@ -201,6 +203,7 @@ def test_what_needs_no_chunks_is_done_between_scores_and_choice(
         1.0,
         case.landmarks,
         work,
+        case.plan(row_slot, row_len),
         backend=backend,
         meanwhile=meanwhile,
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_select import chunk_select
+from hybridkv_kernels.chunk_select import triton as fused
 from hybridkv_kernels.extent_decode import DecodeTables
 from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.tables import RecallTables
@@ -221,12 +222,29 @@ def test_equal_weights_all_over_a_long_prompt(backend: Backend, hot: int, device
     check(case, 0, backend, 1, 1, 2)
 
 
-@pytest.mark.parametrize("chunks", [1000, 5000])
-def test_backends_agree(chunks: int, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prompts_take_tiles_of_their_own_size(
+    backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as a tile, one larger, one smaller: each is chosen from once."""
+    monkeypatch.setattr(fused, "SMALLEST_TILE", 16)
+    monkeypatch.setattr(fused, "launch_options", fused.launch_options.__wrapped__)
+    prompts = [1, 15, 16, 17, 32, 33, 63, 64, 65, 120]
+    hot = [[[1 + chunks // 3]] for chunks in prompts]
+    rows = [(slot, 0) for slot in range(len(prompts))]
+    layout = LandmarkLayout("sketch", 16, 4)
+    lengths = [chunks * PAGE for chunks in prompts]
+    case = recall_case(lengths, hot, rows, layout, torch.float32, device, group=3)
+    set_weights(case, 0)
+    check(case, 0, backend)
+
+
+@pytest.mark.parametrize("prompts", [[1000], [5000, 1500, 900, 2500]])
+def test_backends_agree(prompts: list[int], device: torch.device) -> None:
     layout = LandmarkLayout("sketch", 16, 2)
-    case = recall_case(
-        [chunks * PAGE], [[[chunks // 10, 1]]], [(0, 0)], layout, torch.float16, device, group=4
-    )
+    lengths, hot = [chunks * PAGE for chunks in prompts], [[[chunks // 10, 1]] for chunks in prompts]
+    rows = [(slot, 0) for slot in range(len(prompts))]
+    case = recall_case(lengths, hot, rows, layout, torch.float16, device, group=4)
     set_weights(case, 0)
     before = {name: tensor.clone() for name, tensor in case.tensors().items()}
     select(case, 0, "torch", 1, 1, 4)
@@ -237,7 +255,8 @@ def test_backends_agree(chunks: int, device: torch.device) -> None:
         tensor.copy_(before[name])
     select(case, 0, "triton", 1, 1, 4)
     assert_same(case, want)
-    assert case.work.num_missing[0] > chunks // 20
+    for row, chunks in enumerate(prompts):
+        assert case.work.num_missing[2 * row] > chunks // 20
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

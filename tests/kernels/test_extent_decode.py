@@ -90,10 +90,10 @@ def test_a_split_may_end_within_a_tile(device: torch.device, monkeypatch: pytest
     whole_tiles = make_plan(case, target_programs=60, min_pages=3)
     for module in (planning, fused):
         monkeypatch.setattr(module, "SPLIT_GRANULE", 1)
-        monkeypatch.setattr(module, "launch_options", module.launch_options.__wrapped__)
+    monkeypatch.setattr(fused, "launch_options", fused.launch_options.__wrapped__)
     plan = make_plan(case, target_programs=60, min_pages=3)
     items = len(case.row_slot) * case.tables.num_kv_heads
-    assert plan.offsets[0, items] > whole_tiles.offsets[0, items]
+    assert plan.splits.offsets[0, items] > whole_tiles.splits.offsets[0, items]
     assert_close(decode(case, 0, "triton", plan), case.dense(0), torch.float16)
 
 
@@ -111,11 +111,11 @@ def test_padding_and_blind_rows_are_zero(backend: Backend, device: torch.device)
 def test_a_plan_is_updated_in_place_for_another_step(device: torch.device) -> None:
     case = ragged_case(2, 64, torch.float32, device)
     plan = make_plan(case)
-    pointers = [tensor.data_ptr() for tensor in (plan.offsets, plan.work)]
+    pointers = [tensor.data_ptr() for tensor in (plan.splits.offsets, plan.splits.work)]
     case.row_slot[0], case.row_len[0] = 3, 48
     case.row_slot, case.row_len, case.query = case.row_slot[:5], case.row_len[:5], case.query[:5]
     plan.update(case.row_slot, case.row_len, case.tables)
-    assert pointers == [tensor.data_ptr() for tensor in (plan.offsets, plan.work)]
+    assert pointers == [tensor.data_ptr() for tensor in (plan.splits.offsets, plan.splits.work)]
     assert_close(decode(case, 1, "triton", plan), case.dense(1), torch.float32)
 
 
@@ -195,7 +195,7 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         decode(case, 0, "triton", None)
     with pytest.raises(ValueError, match="layer"):
         decode(case, 1, "torch", None)
-    plan.num_rows = 4
+    plan.splits.num_rows = 4
     with pytest.raises(ValueError, match="updated for 4 rows"):
         decode(case, 0, "triton", plan)
     other = DecodePlan.create(4, 1, 2, 2, 64, device)

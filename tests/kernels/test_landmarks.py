@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_score import chunk_score
+from hybridkv_kernels.extent_decode.work_list import WorkList
 from hybridkv_kernels.recall.landmarks import Landmarks, random_rotation
 from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.reading import field, landmark_pages, page_means
@@ -22,6 +24,8 @@ RECALLING = [
 ]
 # (slot, steps since the prompt's end): padding, and one row of each slot, the second one twice.
 ROWS = [(1, 0), (-1, 3), (0, 2), (2, 4), (1, 6)]
+# Programs to split the pages of each layer over: few, so that a split has several, and more than there are.
+TARGETS = (3, 300)
 BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 SKETCHES: tuple[LandmarkKind, ...] = ("sketch", "sketch2")
 KINDS: tuple[LandmarkKind, ...] = (*SKETCHES, "mean", "minmax")
@@ -61,6 +65,7 @@ def check_scores(case: RecallCase, group: int, dtype: torch.dtype, backend: Back
             scale,
             case.landmarks,
             work,
+            case.plan(slots, lengths, interval, TARGETS[layer]),
             interval=interval,
             backend=backend,
         )
@@ -77,6 +82,28 @@ def check_scores(case: RecallCase, group: int, dtype: torch.dtype, backend: Back
                     expected = case.expected(slot, layer, head, query[row, head * group + member], scale)
                     error = (result[member, :chunks].double() - expected).abs().max()
                     assert error <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()) / 10)
+
+
+def score_first(case: RecallCase, query: Tensor, backend: Backend) -> Tensor:
+    """Log-weights [G, C] of the first head of slot 0 at the first step after its prompt, for [1, G, D]."""
+    length = case.recall.prompt_len[:1] + 1
+    slot = torch.zeros_like(length)
+    work = case.work(1, query.shape[1])
+    chunk_score(
+        query,
+        case.pool,
+        slot,
+        length,
+        case.decode,
+        case.recall,
+        0,
+        1.0,
+        case.landmarks,
+        work,
+        case.plan(slot, length),
+        backend=backend,
+    )
+    return work.log_weight[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,12 +205,9 @@ def test_two_bits_estimate_better_than_one(device: torch.device) -> None:
         errors = []
         for kind in SKETCHES:
             case = recall_case([256 * PAGE], [[[True]]], kind, head_size, torch.float32, device, keys=[keys])
-            slot, length = torch.tensor([[0], [256 * PAGE + 1]], dtype=torch.int32, device=device)
-            work = case.work(1, 1)
-            score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
-            chunk_score(*score, backend="torch")
+            estimate = score_first(case, query, "torch")[0, :256]
             exact = (case.keys[0][0, 0, ::PAGE] @ query[0, 0] + math.log(PAGE)) / math.log(2)
-            errors.append(float((work.log_weight[0, 0, :256] - exact).square().mean().sqrt()))
+            errors.append(float((estimate - exact).square().mean().sqrt()))
         assert errors[1] <= 0.6 * errors[0]
 
 
@@ -202,12 +226,9 @@ def test_a_bias_that_a_page_shares_costs_no_precision(
     case = recall_case(
         [chunks * PAGE], [[[True]]], kind, size, torch.float32, device, keys=[keys], backend=backend
     )
-    slot, length = torch.tensor([[0], [chunks * PAGE + 1]], dtype=torch.int32, device=device)
-    work = case.work(1, 1)
-    score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
-    chunk_score(*score, backend=backend)
+    estimate = score_first(case, query, backend)[0, :chunks]
     exact = (case.keys[0][0, 0, ::PAGE] @ query[0, 0] + math.log(PAGE)) / math.log(2)
-    error = (work.log_weight[0, 0, :chunks] - exact).abs()
+    error = (estimate - exact).abs()
     # What sketches of keys without a bias err by, and the rounding of such large sums.
     noise = float(query.norm()) * float(content.norm(dim=-1).max()) / size**0.5 / math.log(2)
     assert error.max() < 4 * noise + 1e-6 * float(exact.abs().max())
@@ -221,12 +242,9 @@ def test_a_key_that_is_the_mean_has_no_sketch(device: torch.device) -> None:
         case = recall_case(
             [2 * PAGE], [[[True]]], kind, 64, torch.float32, device, keys=[keys], backend=backend
         )
-        slot, length = torch.tensor([[0], [2 * PAGE + 1]], dtype=torch.int32, device=device)
-        work = case.work(1, 1)
-        score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
-        chunk_score(*score, backend=backend)
+        estimate = score_first(case, query, backend)[0, :2]
         exact = (case.keys[0][0, 0, ::PAGE] @ query[0, 0] + math.log(PAGE)) / math.log(2)
-        assert (work.log_weight[0, 0, :2] - exact).abs().max() < 2e-3 * query.norm() * keys[0, 0, 0].norm()
+        assert (estimate - exact).abs().max() < 2e-3 * query.norm() * keys[0, 0, 0].norm()
 
 
 @pytest.mark.parametrize("kind", SKETCHES)
@@ -242,12 +260,9 @@ def test_what_lies_beyond_the_last_chunk_does_not_matter(kind: LandmarkKind, dev
         raw[5 * layout.data_bytes : layout.scale_offset] = garbage
         raw[layout.scale_offset + 5 * layout.scale_bytes : layout.slot_offset] = garbage
         query = torch.randn(1, 2, 64, device=device)
-        slot, length = torch.tensor([[0], [5 * PAGE + 1]], dtype=torch.int32, device=device)
-        work = case.work(1, 2)
-        score = (query, case.pool, slot, length, case.decode, case.recall, 0, 1.0, case.landmarks, work)
-        chunk_score(*score, backend="triton")
-        assert work.log_weight[0, :, 5:].isnan().all()
-        seen.append(work.log_weight[0, :, :5])
+        weights = score_first(case, query, "triton")
+        assert weights[:, 5:].isnan().all()
+        seen.append(weights[:, :5])
     assert torch.equal(*seen)
 
 
@@ -266,7 +281,14 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     query = torch.randn(len(ROWS), 4, 64, device=device)
     work = case.work(len(ROWS), 2)
 
-    def score(landmarks: Landmarks, layer: int = 0, interval: int = 1, rows: int = len(ROWS)) -> None:
+    def score(
+        landmarks: Landmarks,
+        layer: int = 0,
+        interval: int = 1,
+        rows: int = len(ROWS),
+        plan: WorkList | None = None,
+        backend: Backend = "torch",
+    ) -> None:
         chunk_score(
             query,
             case.pool,
@@ -278,7 +300,9 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
             1.0,
             landmarks,
             work,
+            plan,
             interval=interval,
+            backend=backend,
         )
 
     with pytest.raises(ValueError, match=r"pool must be contiguous \[P, 16, 256\]"):
@@ -291,5 +315,17 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         score(case.landmarks, interval=0)
     with pytest.raises(ValueError, match="row_slot"):
         score(case.landmarks, rows=1)
+    plan = case.plan(slots, lengths)
+    with pytest.raises(ValueError, match="needs a plan"):
+        score(case.landmarks, backend="triton")
+    with pytest.raises(ValueError, match="updated for interval 1, not 2"):
+        score(case.landmarks, interval=2, plan=plan, backend="triton")
+    with pytest.raises(ValueError, match="no score plan for landmarks"):
+        score(case.landmarks, plan=replace(plan, places=plan.places + 1), backend="triton")
+    with pytest.raises(ValueError, match="no score plan for landmarks"):
+        score(case.landmarks, plan=replace(plan, part="recalling"), backend="triton")
+    plan.update(slots[:1], lengths[:1], case.decode, case.recall)
+    with pytest.raises(ValueError, match=f"updated for 1 rows, not {len(ROWS)}"):
+        score(case.landmarks, plan=plan, backend="triton")
     with pytest.raises(ValueError, match="does not exist"):
         LandmarkLayout("median", 64, 4)

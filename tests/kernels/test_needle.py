@@ -128,6 +128,7 @@ def recalled(kind: LandmarkKind, keys: Tensor, queries: list[Tensor], needed: li
             HEAD_SIZE**-0.5,
             case.landmarks,
             work,
+            None,
             backend="torch",
         )
         held = hot_chunks(case)

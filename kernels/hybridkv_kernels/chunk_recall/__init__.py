@@ -8,6 +8,7 @@ from ..chunk_gather import chunk_gather
 from ..chunk_score import chunk_score
 from ..chunk_select import chunk_select
 from ..extent_decode.tables import DecodeTables
+from ..extent_decode.work_list import WorkList
 from ..pages import Backend
 from ..recall.landmarks import Landmarks
 from ..recall.tables import RecallTables
@@ -28,6 +29,7 @@ def chunk_recall(
     scale: float,
     landmarks: Landmarks,
     work: RecallWork,
+    plan: WorkList | None,
     *,
     interval: int = 1,
     pin_first: int = 0,
@@ -57,6 +59,7 @@ def chunk_recall(
         scale,
         landmarks,
         work,
+        plan,
         interval=interval,
         backend=backend,
         early=early,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..extent_decode.tables import DecodeTables
+from ..extent_decode.work_list import WorkList
 from ..pages import Backend, check_index, check_pool, group_size, require, use_triton
 from ..recall.checks import check_recall
 from ..recall.landmarks import Landmarks
@@ -11,8 +12,9 @@ from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 from . import naive
 from . import triton as fused
+from .plan import score_plan
 
-__all__ = ["chunk_score"]
+__all__ = ["chunk_score", "score_plan"]
 
 
 def chunk_score(
@@ -26,6 +28,7 @@ def chunk_score(
     scale: float,
     landmarks: Landmarks,
     work: RecallWork,
+    plan: WorkList | None,
     *,
     interval: int = 1,
     backend: Backend = "auto",
@@ -40,6 +43,9 @@ def chunk_score(
     padding, heads that do not recall, and rows that are not on a selecting step
     (`(row_len - 1 - prompt_len) % interval == 0`) are left alone.
 
+    With Triton, `plan.update(row_slot, row_len, decode, recall, interval)` must have run, on the same stream
+    and with the same N, since those tensors last changed; one update serves all layers.
+
     Args:
         query: [N, Hq, D], the pool's dtype; any strides in the first two dims.
         pool: [num_blocks*L*H, 16, 2*D], contiguous; bf16, fp16 or fp32.
@@ -51,12 +57,15 @@ def chunk_score(
         scale: factor on query . key, 1/sqrt(D) as a rule.
         landmarks: as they were built.
         work: receives log_weight; room for N rows.
+        plan: a `score_plan`, of this step; the torch backend ignores it.
         interval: steps between two selections.
         backend: `auto` is Triton on CUDA tensors, torch elsewhere.
         early: whether the launch may overlap with the one before; see `launch.overlap`.
 
     Raises:
-        ValueError: for a shape, dtype, stride, layer or backend that does not fit. Indices are not checked.
+        ValueError: for a shape, dtype, stride, layer or backend that does not fit, and with Triton for a plan
+            that is missing, was made for another model or layout, or was updated for another N or interval.
+            Indices are not checked.
     """
     require(query.dim() == 3, "query must be [N, Hq, D]")
     rows, num_q_heads, head_size = query.shape
@@ -69,8 +78,17 @@ def chunk_score(
     require(interval >= 1, "interval must be at least 1")
     if rows == 0:
         return
-    inputs = (query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, interval)
-    if use_triton(backend, pool):
-        fused.chunk_score(*inputs, early)
-    else:
-        naive.chunk_score(*inputs)
+    if not use_triton(backend, pool):
+        naive.chunk_score(
+            query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, interval
+        )
+        return
+    if plan is None:
+        raise ValueError("the Triton backend needs a plan")
+    plan.check(rows, decode)
+    places = landmarks.layout.places if plan.part == "selecting" else None
+    require(plan.places == places, "the plan is no score plan for landmarks that lie like these")
+    require(plan.interval == interval, f"the plan was updated for interval {plan.interval}, not {interval}")
+    fused.chunk_score(
+        query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, plan, interval, early
+    )

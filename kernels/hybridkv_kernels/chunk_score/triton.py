@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..extent_decode.tables import DecodeTables
+from ..extent_decode.work_list import WorkList
 from ..launch import (
     FULL_PRECISION,
     LaunchOptions,
@@ -22,7 +23,7 @@ from ..launch import (
 from ..pages import PAGE
 from ..recall.landmarks import Landmarks
 from ..recall.layout import STEP_BYTES, LandmarkLayout
-from ..recall.paging import arena_page, selecting_head
+from ..recall.paging import arena_page, recalling_head, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork, members, span_pad
 
@@ -165,22 +166,45 @@ def whole_products(products: tl.tensor, MEMBERS: tl.constexpr) -> tl.tensor:
     return (256 * high + low).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
+@triton.jit
+def split_of(
+    offsets: tl.tensor,
+    work: tl.tensor,
+    program: tl.tensor,
+    items: tl.tensor,
+    layer: tl.tensor,
+    stride_offsets: tl.tensor,
+    stride_work: tl.tensor,
+) -> tl.tensor:
+    """(item, which of its splits, splits of the item) of a program; of an idle one 0 splits of any item."""
+    layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
+    # Stale past the total.
+    item = tl.minimum(tl.load(work + layer.to(tl.int64) * stride_work + program), items - 1)
+    total = tl.load(layer_offsets + items)
+    first = tl.load(layer_offsets + item)
+    splits = tl.load(layer_offsets + item + 1) - first
+    return item, program - first, tl.where(program < total, splits, 0)
+
+
+@triton.jit(do_not_specialize=["items", "layer", "max_chunks"])
 def sketch_kernel(
     pool: tl.tensor,
     row_slot: tl.tensor,
-    row_len: tl.tensor,
     extents: tl.tensor,
     arena: tl.tensor,
     chunk_first: tl.tensor,
     prompt_len: tl.tensor,
+    offsets: tl.tensor,
+    work: tl.tensor,
     digits: tl.tensor,
     terms: tl.tensor,
     log_weight: tl.tensor,
+    items: tl.tensor,
     layer: tl.tensor,
-    interval: tl.tensor,
     max_chunks: tl.tensor,
     stride_arena: tl.tensor,
+    stride_offsets: tl.tensor,
+    stride_work: tl.tensor,
     PAGE: tl.constexpr,
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -198,7 +222,7 @@ def sketch_kernel(
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Log-weights of the chunks of landmark page `program_id(1)` of item `program_id(0)`, from its sketches.
+    """Log-weights of the chunks of split `program_id(0)`'s landmark pages, from their sketches.
 
     Tokens are the columns of the products and the members' digits the rows, so that what a chunk's tokens are
     reduced by lies mostly in one thread. Places are scored even where the last page has no chunk: nothing of
@@ -206,30 +230,16 @@ def sketch_kernel(
     """
     RUNS: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = TILE_CHUNKS * PAGE
-    item = tl.program_id(0)
-    slot, chunks, _, landmark = selecting_head(
-        row_slot,
-        row_len,
-        extents,
-        chunk_first,
-        prompt_len,
-        item,
-        layer,
-        interval,
-        PAGE,
-        LAYERS,
-        HEADS,
-        PLACES,
+    item, split, splits = split_of(offsets, work, tl.program_id(0), items, layer, stride_offsets, stride_work)
+    slot, chunks, _, landmarks, _ = recalling_head(
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
     await_launch_before(OVERLAP)
-    first_chunk = tl.program_id(1) * PLACES
-    if first_chunk >= chunks:
+    if splits == 0:
         return
+    pages = tl.cdiv(chunks, PLACES)
+    share = tl.cdiv(pages, splits)
     arena_row = arena + slot.to(tl.int64) * stride_arena
-    page = arena_page(arena_row, landmark + tl.program_id(1), chunks > 0, LAYERS * HEADS)
-    base = (pool + page * (PAGE * 2 * HEAD_SIZE)).to(tl.pointer_type(tl.uint8))
-    scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
-    levels = (base + LEVEL_OFFSET).to(tl.pointer_type(tl.int8))
     item = item.to(tl.int64)
     member = tl.arange(0, MEMBERS)
     column = tl.arange(0, SPAN_PAD)
@@ -243,63 +253,71 @@ def sketch_kernel(
         zero += tl.load(item_terms + (1 + run) * MEMBERS)
     # A sketch's level is 2 * code - 1, of two bits 2 * code - 3.
     zero *= -0.5 * (2**BITS - 1)
-    of_mean = (column < SPAN)[:, None] & (tl.arange(0, MEAN_PAD) == 0)[None, :]
-    mean_product = tl.zeros((2 * MEMBERS, MEAN_PAD), tl.int32)
-    # In half a byte a run's levels are worth 2^BITS times as much as those of the run before.
-    for within in tl.static_range(RUNS // 2 - 1, -1, -1):
-        mean_product <<= BITS
-        for half in tl.static_range(0, RUNS, RUNS // 2):
-            mean = tl.load(levels + ((half + within) * SPAN + column)[:, None], mask=of_mean, other=0)
-            mean_product = tl.dot(query_digits[half + within], mean, mean_product, out_dtype=tl.int32)
     slope = 2.0 * tl.load(item_terms)
-    mean_step = 0.5 * tl.load(levels.to(tl.pointer_type(tl.float32)) - 1)
-    around = tl.sum(whole_products(mean_product, MEMBERS), axis=1) * (slope * mean_step)
-    for first in range(0, PLACES, TILE_CHUNKS):
-        # The last tile begins early enough to end with the page.
-        place = tl.minimum(first, PLACES - TILE_CHUNKS)
-        token = place * PAGE + tl.arange(0, TOKENS)
-        codes_of_tokens = base + token[:, None] * SPAN + column[None, :]
-        if SPAN == SPAN_PAD:
-            packed = tl.load(codes_of_tokens)
-        else:
-            packed = tl.load(codes_of_tokens, mask=(column < SPAN)[None, :], other=0)
-        packed = tl.trans(packed.to(tl.int8, bitcast=True))
-        product = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
-        for run in tl.static_range(RUNS):
-            codes = codes_of(packed, run, BITS, INTERPRETED)
-            product = tl.dot(query_digits[run], codes, product, out_dtype=tl.int32)
-        scale = tl.load(scales + token).to(tl.float32)
-        # In units of the slope, which is positive.
-        logits = (whole_products(product, MEMBERS) + zero[:, None]) * scale[None, :]
-        by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
-        best = tl.max(by_chunk, axis=2)
-        best *= slope[:, None]
-        above = by_chunk * slope[:, None, None] - best[:, :, None]
-        total = tl.sum(by_hardware(above, "ex2", INTERPRETED), axis=2)
-        weight = around[:, None] + best + by_hardware(total, "lg2", INTERPRETED)
-        chunk = first_chunk + place + tl.arange(0, TILE_CHUNKS)
-        to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
-        tl.store(to, weight, mask=(member < GROUP)[:, None] & (chunk < chunks)[None, :])
+    of_mean = (column < SPAN)[:, None] & (tl.arange(0, MEAN_PAD) == 0)[None, :]
+    for index in range(split * share, tl.minimum(split * share + share, pages)):
+        page = arena_page(arena_row, landmarks + index, index >= 0, LAYERS * HEADS)
+        base = (pool + page * (PAGE * 2 * HEAD_SIZE)).to(tl.pointer_type(tl.uint8))
+        scales = (base + SCALE_OFFSET).to(tl.pointer_type(tl.float16))
+        levels = (base + LEVEL_OFFSET).to(tl.pointer_type(tl.int8))
+        mean_product = tl.zeros((2 * MEMBERS, MEAN_PAD), tl.int32)
+        # In half a byte a run's levels are worth 2^BITS times as much as those of the run before.
+        for within in tl.static_range(RUNS // 2 - 1, -1, -1):
+            mean_product <<= BITS
+            for half in tl.static_range(0, RUNS, RUNS // 2):
+                mean = tl.load(levels + ((half + within) * SPAN + column)[:, None], mask=of_mean, other=0)
+                mean_product = tl.dot(query_digits[half + within], mean, mean_product, out_dtype=tl.int32)
+        mean_step = 0.5 * tl.load(levels.to(tl.pointer_type(tl.float32)) - 1)
+        around = tl.sum(whole_products(mean_product, MEMBERS), axis=1) * (slope * mean_step)
+        for first in range(0, PLACES, TILE_CHUNKS):
+            # The last tile begins early enough to end with the page.
+            place = tl.minimum(first, PLACES - TILE_CHUNKS)
+            token = place * PAGE + tl.arange(0, TOKENS)
+            codes_of_tokens = base + token[:, None] * SPAN + column[None, :]
+            if SPAN == SPAN_PAD:
+                packed = tl.load(codes_of_tokens)
+            else:
+                packed = tl.load(codes_of_tokens, mask=(column < SPAN)[None, :], other=0)
+            packed = tl.trans(packed.to(tl.int8, bitcast=True))
+            product = tl.zeros((2 * MEMBERS, TOKENS), tl.int32)
+            for run in tl.static_range(RUNS):
+                codes = codes_of(packed, run, BITS, INTERPRETED)
+                product = tl.dot(query_digits[run], codes, product, out_dtype=tl.int32)
+            scale = tl.load(scales + token).to(tl.float32)
+            # In units of the slope, which is positive.
+            logits = (whole_products(product, MEMBERS) + zero[:, None]) * scale[None, :]
+            by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
+            best = tl.max(by_chunk, axis=2)
+            best *= slope[:, None]
+            above = by_chunk * slope[:, None, None] - best[:, :, None]
+            total = tl.sum(by_hardware(above, "ex2", INTERPRETED), axis=2)
+            weight = around[:, None] + best + by_hardware(total, "lg2", INTERPRETED)
+            chunk = index * PLACES + place + tl.arange(0, TILE_CHUNKS)
+            to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
+            tl.store(to, weight, mask=(member < GROUP)[:, None] & (chunk < chunks)[None, :])
 
 
-@triton.jit(do_not_specialize=["layer", "interval", "max_chunks"])
+@triton.jit(do_not_specialize=["items", "layer", "max_chunks"])
 def bound_kernel(
     query: tl.tensor,
     pool: tl.tensor,
     row_slot: tl.tensor,
-    row_len: tl.tensor,
     extents: tl.tensor,
     arena: tl.tensor,
     chunk_first: tl.tensor,
     prompt_len: tl.tensor,
+    offsets: tl.tensor,
+    work: tl.tensor,
     log_weight: tl.tensor,
+    items: tl.tensor,
     layer: tl.tensor,
-    interval: tl.tensor,
     max_chunks: tl.tensor,
     scale_log2: tl.tensor,
     stride_query_row: tl.tensor,
     stride_query_head: tl.tensor,
     stride_arena: tl.tensor,
+    stride_offsets: tl.tensor,
+    stride_work: tl.tensor,
     KIND: tl.constexpr,
     PAGE: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -315,53 +333,46 @@ def bound_kernel(
     WIDEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Log-weights of TILE_CHUNKS chunks of item `program_id(0)`, from mean keys or from bounds."""
-    item = tl.program_id(0)
-    slot, chunks, _, landmark = selecting_head(
-        row_slot,
-        row_len,
-        extents,
-        chunk_first,
-        prompt_len,
-        item,
-        layer,
-        interval,
-        PAGE,
-        LAYERS,
-        HEADS,
-        PLACES,
+    """Log-weights of the chunks of split `program_id(0)`'s landmark pages, from mean keys or from bounds."""
+    item, split, splits = split_of(offsets, work, tl.program_id(0), items, layer, stride_offsets, stride_work)
+    slot, chunks, _, landmarks, _ = recalling_head(
+        row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
     await_launch_before(OVERLAP)
-    chunk = tl.program_id(1) * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
-    if tl.program_id(1) * TILE_CHUNKS >= chunks:
+    if splits == 0:
         return
+    share = tl.cdiv(tl.cdiv(chunks, PLACES), splits) * PLACES
+    end = tl.minimum(split * share + share, chunks)
     member = tl.arange(0, GROUP_PAD)
     dim = tl.arange(0, HEAD_PAD)
     row = (item // HEADS).to(tl.int64)
     heads = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
     q = tl.load(heads + dim[None, :], mask=(member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0)
-    live = chunk < chunks
-    page = arena_page(
-        arena + slot.to(tl.int64) * stride_arena, landmark + chunk // PLACES, live, LAYERS * HEADS
-    )
-    data = pool + page * (PAGE * 2 * HEAD_SIZE) + (chunk % PLACES) * DATA_ELEMENTS
-    mask = live[:, None] & (dim < HEAD_SIZE)[None, :]
-    values = tl.load(data[:, None] + dim[None, :], mask=mask, other=0.0)
     if WIDEN:
-        q, values = q.to(tl.float32), values.to(tl.float32)
-    if KIND == "mean":
-        logits = tl.dot(values, tl.trans(q), input_precision=PRECISION)
-    else:
-        largest = tl.load(data[:, None] + (HEAD_SIZE + dim)[None, :], mask=mask, other=0.0)
+        q = q.to(tl.float32)
+    arena_row = arena + slot.to(tl.int64) * stride_arena
+    for first in range(split * share, end, TILE_CHUNKS):
+        chunk = first + tl.arange(0, TILE_CHUNKS)
+        live = chunk < end
+        page = arena_page(arena_row, landmarks + chunk // PLACES, live, LAYERS * HEADS)
+        data = pool + page * (PAGE * 2 * HEAD_SIZE) + (chunk % PLACES) * DATA_ELEMENTS
+        mask = live[:, None] & (dim < HEAD_SIZE)[None, :]
+        values = tl.load(data[:, None] + dim[None, :], mask=mask, other=0.0)
         if WIDEN:
-            largest = largest.to(tl.float32)
-        # Triton 3.6 takes minimum and maximum of bf16 in fp32.
-        zero = tl.zeros_like(q)
-        logits = tl.dot(values, tl.trans(tl.minimum(q, zero).to(q.dtype)), input_precision=PRECISION)
-        above = tl.maximum(q, zero).to(q.dtype)
-        logits = tl.dot(largest, tl.trans(above), logits, input_precision=PRECISION)
-    to = log_weight + (item.to(tl.int64) * GROUP + member)[None, :] * max_chunks + chunk[:, None]
-    tl.store(to, logits * scale_log2, mask=live[:, None] & (member < GROUP)[None, :])
+            values = values.to(tl.float32)
+        if KIND == "mean":
+            logits = tl.dot(values, tl.trans(q), input_precision=PRECISION)
+        else:
+            largest = tl.load(data[:, None] + (HEAD_SIZE + dim)[None, :], mask=mask, other=0.0)
+            if WIDEN:
+                largest = largest.to(tl.float32)
+            # Triton 3.6 takes minimum and maximum of bf16 in fp32.
+            zero = tl.zeros_like(q)
+            logits = tl.dot(values, tl.trans(tl.minimum(q, zero).to(q.dtype)), input_precision=PRECISION)
+            above = tl.maximum(q, zero).to(q.dtype)
+            logits = tl.dot(largest, tl.trans(above), logits, input_precision=PRECISION)
+        to = log_weight + (item.to(tl.int64) * GROUP + member)[None, :] * max_chunks + chunk[:, None]
+        tl.store(to, logits * scale_log2, mask=live[:, None] & (member < GROUP)[None, :])
 
 
 def _sketch_shape(num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayout) -> dict[str, Any]:
@@ -447,6 +458,7 @@ def chunk_score(
     scale: float,
     landmarks: Landmarks,
     work: RecallWork,
+    plan: WorkList,
     interval: int,
     early: bool,
 ) -> None:
@@ -456,29 +468,35 @@ def chunk_score(
     shape = (decode.num_layers, heads, num_q_heads // heads)
     layout = landmarks.layout
     scale_log2 = scale * math.log2(math.e)
-    where = (decode.extents, decode.arena, recall.chunk_first, recall.prompt_len)
+    items = rows * heads
+    programs = min(items * layout.pages(work.max_chunks), plan.programs(rows))
+    where = (
+        row_slot,
+        decode.extents,
+        decode.arena,
+        recall.chunk_first,
+        recall.prompt_len,
+        plan.offsets,
+        plan.work,
+    )
+    strides = (decode.arena.stride(0), plan.offsets.stride(0), plan.work.stride(0))
     if not layout.sketch_bits:
-        options = bound_options(*shape, layout, pool.dtype)
-        tiles = triton.cdiv(work.max_chunks, options.constexprs["TILE_CHUNKS"])
-        bound_kernel[(rows * heads, tiles)](
+        bound_kernel[(programs,)](
             query,
             pool,
-            row_slot,
-            row_len,
             *where,
             work.log_weight,
+            items,
             layer,
-            interval,
             work.max_chunks,
             scale_log2,
             query.stride(0),
             query.stride(1),
-            decode.arena.stride(0),
-            **options.kwargs(),
+            *strides,
+            **bound_options(*shape, layout, pool.dtype).kwargs(),
             **overlap(pool.device, early),
         )
         return
-    items = rows * heads
     prepare_kernel[(items, 8 // layout.sketch_bits)](
         query,
         row_slot,
@@ -497,18 +515,16 @@ def chunk_score(
         **prepare_options(*shape, layout, pool.dtype).kwargs(),
         **overlap(pool.device, early),
     )
-    sketch_kernel[(items, layout.pages(work.max_chunks))](
+    sketch_kernel[(programs,)](
         pool,
-        row_slot,
-        row_len,
         *where,
         work.digits,
         work.terms,
         work.log_weight,
+        items,
         layer,
-        interval,
         work.max_chunks,
-        decode.arena.stride(0),
+        *strides,
         **sketch_options(*shape, layout).kwargs(),
         **overlap(pool.device, early=True),
     )

@@ -14,6 +14,9 @@ from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
+# Chunks of a tile that is not worth halving.
+SMALLEST_TILE = 1024
+
 
 @triton.jit
 def find_threshold(key: tl.tensor, wanted: tl.tensor, reached: tl.tensor) -> tl.tensor:
@@ -32,7 +35,8 @@ def find_threshold(key: tl.tensor, wanted: tl.tensor, reached: tl.tensor) -> tl.
     shift = tl.full((), 28, tl.int32)
     while (reached > wanted) & (shift >= 0):
         candidate = threshold | (digit << shift)
-        reach = tl.sum((key[None, :] >= candidate[:, None]).to(tl.int32), axis=1)
+        # A difference shifted like that is -1 where it is negative; none overflows.
+        reach = key.shape[0] + tl.sum((key[None, :] - candidate[:, None]) >> 31, axis=1)
         # Digit 0 always does.
         fits = reach >= wanted
         threshold = tl.max(tl.where(fits, candidate, 0), axis=0)
@@ -40,6 +44,102 @@ def find_threshold(key: tl.tensor, wanted: tl.tensor, reached: tl.tensor) -> tl.
         # The last bit alone is looked at with two that are known: what they would add does not fit.
         shift = tl.where(shift == 1, 0, shift - 3)
     return threshold, reached
+
+
+@triton.jit
+def choose(
+    pool: tl.tensor,
+    arena_row: tl.tensor,
+    weights: tl.tensor,
+    num_arriving: tl.tensor,
+    arriving_list: tl.tensor,
+    leaving_list: tl.tensor,
+    counter: tl.tensor,
+    chunks: tl.tensor,
+    hot_slots: tl.tensor,
+    landmarks: tl.tensor,
+    pin_first: tl.tensor,
+    pin_recent: tl.tensor,
+    stride_chunks: tl.tensor,
+    BLOCK_PAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLACES: tl.constexpr,
+    PAGE_INTS: tl.constexpr,
+    SLOT_INT: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> None:
+    """Choose the hot chunks of one head, which has at most TILE: the last one's key is found digit by digit.
+
+    Pointers are to what is the head's, or its slot's, in the buffers of `RecallWork`.
+    """
+    chunk = tl.arange(0, TILE)
+    valid = chunk < chunks
+
+    share = tl.full((TILE,), float("-inf"), tl.float32)
+    # Not unrolled: the loads of all members would come first, and fill the registers.
+    for first in range(0, GROUP, MEMBERS):
+        member = first + tl.arange(0, MEMBERS)
+        member_weights = weights + member.to(tl.int64) * stride_chunks
+        inside = (member < GROUP)[:, None] & valid[None, :]
+        weight = tl.load(member_weights[:, None] + chunk[None, :], mask=inside, other=float("-inf"))
+        # NaN fails the comparison too.
+        weight = tl.where(weight < float("inf"), weight, float("-inf"))
+        best = tl.max(weight, axis=1)
+        best = tl.where(best == float("-inf"), 0.0, best)
+        # At least 1, the best chunk's own, unless no chunk has a weight.
+        total = tl.maximum(tl.sum(tl.exp2(weight - best[:, None]), axis=1), 1.0)
+        share = tl.maximum(share, tl.max(weight - (best + tl.log2(total))[:, None], axis=0))
+
+    # The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
+    # No share is above 0, except where log2, an approximation, makes it so.
+    key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
+    key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
+    key = tl.where(valid, key, -1)
+    threshold, reached = find_threshold(key, hot_slots, chunks)
+    room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
+
+    words = pool.to(tl.pointer_type(tl.int32))
+    if PART < TILE:
+        # Part by part, as the registers have no room for all. Until then the keys wait where the missing
+        # chunks will be listed: the list never overtakes the chunks that were looked at. The barriers keep
+        # the threads' writes of keys, reads of keys and writes of the list in this order.
+        tl.store(arriving_list + chunk, key, mask=valid)
+        tl.debug_barrier()
+    equal_before = tl.full((), 0, tl.int32)
+    # Chunks that arrived, and 65536 times those that left.
+    seen = tl.full((), 0, tl.int32)
+    for start in range(0, chunks, PART):
+        index = start + tl.arange(0, PART)
+        inside = index < chunks
+        page = arena_page(arena_row, landmarks + index // PLACES, inside, BLOCK_PAGES)
+        entry = words + (page * PAGE_INTS + SLOT_INT + index % PLACES)
+        hot_slot = tl.load(entry, mask=inside, other=-1)
+        if PART < TILE:
+            waiting = tl.load(arriving_list + index, mask=inside, other=-1)
+            tl.debug_barrier()
+        else:
+            waiting = key
+        chosen = waiting >= threshold
+        # Rarely more keys are equal to the threshold than there is room for.
+        if reached > hot_slots:
+            equal = (waiting == threshold).to(tl.int32)
+            fits = equal_before + tl.cumsum(equal, axis=0) <= room
+            chosen = (waiting > threshold) | ((equal != 0) & fits)
+            equal_before += tl.sum(equal, axis=0)
+        arriving = chosen & (hot_slot < 0)
+        leaving = (chosen == 0) & (hot_slot >= 0)
+        both = arriving.to(tl.int32) + (leaving.to(tl.int32) << 16)
+        before = seen + tl.cumsum(both, axis=0) - both
+        tl.store(entry, -1, mask=leaving)
+        tl.store(leaving_list + (before >> 16 & 0xFFFF), hot_slot, mask=leaving)
+        tl.store(arriving_list + (before & 0xFFFF), index, mask=arriving)
+        seen += tl.sum(both, axis=0)
+    arrived = seen & 0xFFFF
+    tl.store(num_arriving, arrived)
+    tl.atomic_add(counter, (hot_slots - arrived).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counter + 1, arrived.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer", "interval", "pin_first", "pin_recent", "stride_chunks"])
@@ -70,11 +170,12 @@ def chunk_select_kernel(
     PAGE_INTS: tl.constexpr,
     SLOT_INT: tl.constexpr,
     TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
     PART: tl.constexpr,
     MEMBERS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Choose the hot chunks of item `program_id(0)`: the key of the last one is found digit by digit."""
+    """Choose the hot chunks of item `program_id(0)`."""
     item = tl.program_id(0)
     slot, chunks, hot_slots, landmarks = selecting_head(
         row_slot,
@@ -94,76 +195,32 @@ def chunk_select_kernel(
     if chunks == 0:
         tl.store(num_missing + item, 0)
         return
-    chunk = tl.arange(0, TILE)
-    valid = chunk < chunks
-
-    share = tl.full((TILE,), float("-inf"), tl.float32)
-    # Not unrolled: the loads of all members would come first, and fill the registers.
-    for first in range(0, GROUP, MEMBERS):
-        member = first + tl.arange(0, MEMBERS)
-        member_weights = log_weight + (item.to(tl.int64) * GROUP + member) * stride_chunks
-        inside = (member < GROUP)[:, None] & valid[None, :]
-        weight = tl.load(member_weights[:, None] + chunk[None, :], mask=inside, other=float("-inf"))
-        # NaN fails the comparison too.
-        weight = tl.where(weight < float("inf"), weight, float("-inf"))
-        best = tl.max(weight, axis=1)
-        best = tl.where(best == float("-inf"), 0.0, best)
-        # At least 1, the best chunk's own, unless no chunk has a weight.
-        total = tl.maximum(tl.sum(tl.exp2(weight - best[:, None]), axis=1), 1.0)
-        share = tl.maximum(share, tl.max(weight - (best + tl.log2(total))[:, None], axis=0))
-
-    # The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
-    # No share is above 0, except where log2, an approximation, makes it so.
-    key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
-    key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
-    key = tl.where(valid, key, -1)
-    threshold, reached = find_threshold(key, hot_slots, chunks)
-    room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
-
-    arriving_list = missing + item.to(tl.int64) * stride_chunks
-    leaving_list = freed + item.to(tl.int64) * stride_chunks
-    arena_row = arena + slot.to(tl.int64) * stride_arena
-    words = pool.to(tl.pointer_type(tl.int32))
-    if PART < TILE:
-        # Part by part, as the registers have no room for all. Until then the keys wait where the missing
-        # chunks will be listed: the list never overtakes the chunks that were looked at. The barriers keep
-        # the threads' writes of keys, reads of keys and writes of the list in this order.
-        tl.store(arriving_list + chunk, key, mask=valid)
-        tl.debug_barrier()
-    equal_before = tl.full((), 0, tl.int32)
-    # Chunks that arrived, and 65536 times those that left.
-    seen = tl.full((), 0, tl.int32)
-    for start in range(0, chunks, PART):
-        index = start + tl.arange(0, PART)
-        inside = index < chunks
-        page = arena_page(arena_row, landmarks + index // PLACES, inside, LAYERS * HEADS)
-        entry = words + (page * PAGE_INTS + SLOT_INT + index % PLACES)
-        hot_slot = tl.load(entry, mask=inside, other=-1)
-        if PART < TILE:
-            waiting = tl.load(arriving_list + index, mask=inside, other=-1)
-            tl.debug_barrier()
-        else:
-            waiting = key
-        chosen = waiting >= threshold
-        # Rarely more keys are equal to the threshold than there is room for.
-        if reached > hot_slots:
-            equal = (waiting == threshold).to(tl.int32)
-            fits = equal_before + tl.cumsum(equal, axis=0) <= room
-            chosen = (waiting > threshold) | ((equal != 0) & fits)
-            equal_before += tl.sum(equal, axis=0)
-        arriving = chosen & (hot_slot < 0)
-        leaving = (chosen == 0) & (hot_slot >= 0)
-        both = arriving.to(tl.int32) + (leaving.to(tl.int32) << 16)
-        before = seen + tl.cumsum(both, axis=0) - both
-        tl.store(entry, -1, mask=leaving)
-        tl.store(leaving_list + (before >> 16 & 0xFFFF), hot_slot, mask=leaving)
-        tl.store(arriving_list + (before & 0xFFFF), index, mask=arriving)
-        seen += tl.sum(both, axis=0)
-    arrived = seen & 0xFFFF
-    tl.store(num_missing + item, arrived)
-    counter = counters + slot.to(tl.int64) * 2
-    tl.atomic_add(counter, (hot_slots - arrived).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counter + 1, arrived.to(tl.int64), sem="relaxed")
+    # The smallest tile that holds them: what a prompt costs must not depend on the longest that could come.
+    for level in tl.static_range(LEVELS):
+        if (chunks <= TILE >> level) & ((chunks > TILE >> level + 1) | (level == LEVELS - 1)):
+            choose(
+                pool,
+                arena + slot.to(tl.int64) * stride_arena,
+                log_weight + item.to(tl.int64) * GROUP * stride_chunks,
+                num_missing + item,
+                missing + item.to(tl.int64) * stride_chunks,
+                freed + item.to(tl.int64) * stride_chunks,
+                counters + slot.to(tl.int64) * 2,
+                chunks,
+                hot_slots,
+                landmarks,
+                pin_first,
+                pin_recent,
+                stride_chunks,
+                LAYERS * HEADS,
+                GROUP,
+                PLACES,
+                PAGE_INTS,
+                SLOT_INT,
+                TILE >> level,
+                PART if TILE >> level > PART else TILE >> level,
+                MEMBERS << level,
+            )
 
 
 @functools.cache
@@ -183,7 +240,8 @@ def launch_options(
         "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,
-        "PART": min(tile, 2048),
+        "LEVELS": max(tile // SMALLEST_TILE, 1).bit_length(),
+        "PART": 2048,
         # 64 weights a thread, at most.
         "MEMBERS": min(next_power_of_2(group), max(64 * 32 * num_warps // tile, 1)),
     }

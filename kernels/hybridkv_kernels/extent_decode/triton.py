@@ -249,9 +249,9 @@ def extent_decode(
     rows, num_q_heads, head_size = query.shape
     heads = tables.num_kv_heads
     group = num_q_heads // heads
-    items = rows * heads
+    items, splits = rows * heads, plan.splits
     options = launch_options(tables.num_layers, heads, group, head_size, pool.dtype)
-    decode_kernel[(plan.programs(rows),)](
+    decode_kernel[(splits.programs(rows),)](
         query,
         pool,
         out,
@@ -261,8 +261,8 @@ def extent_decode(
         tables.arena,
         tables.tail_start,
         tables.blocks,
-        plan.offsets,
-        plan.work,
+        splits.offsets,
+        splits.work,
         plan.partial_out,
         plan.partial_lse,
         items,
@@ -274,21 +274,21 @@ def extent_decode(
         out.stride(1),
         tables.arena.stride(0),
         tables.blocks.stride(0),
-        plan.offsets.stride(0),
-        plan.work.stride(0),
+        splits.offsets.stride(0),
+        splits.work.stride(0),
         **options.kwargs(),
         **overlap(pool.device, early),
     )
     merge_kernel[(items, group)](
         out,
-        plan.offsets,
+        splits.offsets,
         plan.partial_out,
         plan.partial_lse,
         layer,
         out.stride(0),
         out.stride(1),
-        plan.offsets.stride(0),
+        splits.offsets.stride(0),
         **merge_options(heads, group, head_size).kwargs(),
         # Its programs take room while they wait, which the recall beside static heads needs.
-        **overlap(pool.device, early=plan.part != "static"),
+        **overlap(pool.device, early=splits.part != "static"),
     )

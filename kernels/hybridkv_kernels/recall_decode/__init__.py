@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..chunk_recall import chunk_recall
+from ..chunk_score import score_plan
 from ..extent_decode import DecodePlan, DecodeTables, extent_decode
+from ..extent_decode.work_list import WorkList
 from ..pages import Backend, use_triton
 from ..recall.landmarks import Landmarks
+from ..recall.layout import LandmarkLayout
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
@@ -22,11 +25,13 @@ class RecallPlan:
     """The plans of a step whose heads recall, and the stream on which the other heads are attended.
 
     Attributes:
+        scores: of the landmark pages of heads that select.
         static: of the heads that recall nothing, which do not wait.
         recalling: of those that recall.
         beside: None without CUDA, where everything runs in order.
     """
 
+    scores: WorkList
     static: DecodePlan
     recalling: DecodePlan
     beside: torch.cuda.Stream | None
@@ -38,30 +43,38 @@ class RecallPlan:
         num_layers: int,
         num_kv_heads: int,
         num_q_heads: int,
-        head_size: int,
+        layout: LandmarkLayout,
         device: torch.device | str,
     ) -> RecallPlan:
-        """Allocate both plans; the arguments are those of `DecodePlan.create`.
+        """Allocate the plans; the arguments are those of `DecodePlan.create`, and how landmarks lie.
 
         Raises:
             ValueError: as there.
         """
         device = torch.device(device)
-        shape = (max_rows, num_layers, num_kv_heads, num_q_heads, head_size, device)
+        shape = (max_rows, num_layers, num_kv_heads, num_q_heads, layout.head_size, device)
         return cls(
+            score_plan(max_rows, num_layers, num_kv_heads, layout, device),
             DecodePlan.create(*shape, part="static"),
             DecodePlan.create(*shape, part="recalling"),
             torch.cuda.Stream(device) if device.type == "cuda" else None,
         )
 
-    def update(self, row_slot: Tensor, row_len: Tensor, tables: DecodeTables, recall: RecallTables) -> None:
-        """Plan one step for all layers: two launches; see `DecodePlan.update`.
+    def update(
+        self,
+        row_slot: Tensor,
+        row_len: Tensor,
+        tables: DecodeTables,
+        recall: RecallTables,
+        interval: int = 1,
+    ) -> None:
+        """Plan one step for all layers: three launches; see `WorkList.update`.
 
         Raises:
             ValueError: as there.
         """
-        for plan in (self.static, self.recalling):
-            plan.update(row_slot, row_len, tables, recall.chunk_first)
+        for work_list in (self.scores, self.static.splits, self.recalling.splits):
+            work_list.update(row_slot, row_len, tables, recall, interval)
 
 
 def recall_decode(
@@ -125,6 +138,7 @@ def recall_decode(
         scale,
         landmarks,
         work,
+        None if parts is None else parts.scores,
         interval=interval,
         pin_first=pin_first,
         pin_recent=pin_recent,
