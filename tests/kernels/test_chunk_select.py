@@ -223,11 +223,21 @@ def test_equal_weights_all_over_a_long_prompt(backend: Backend, hot: int, device
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prompts_take_tiles_of_their_own_size(
-    backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pins", [(0, 0), (2, 20)])
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_keys_that_registers_do_not_hold_are_read_again(
+    levels: int,
+    pins: tuple[int, int],
+    backend: Backend,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As large as a tile, one larger, one smaller: each is chosen from once."""
-    monkeypatch.setattr(fused, "SMALLEST_TILE", 16)
+    """Prompts of one tile and of several, full or not, and a group looked at in parts.
+
+    Of few levels, many chunks weigh the same.
+    """
+    monkeypatch.setattr(fused, "LARGEST_TILE", 16)
+    monkeypatch.setattr(fused, "WEIGHTS", 32)
     monkeypatch.setattr(fused, "launch_options", fused.launch_options.__wrapped__)
     prompts = [1, 15, 16, 17, 32, 33, 63, 64, 65, 120]
     hot = [[[1 + chunks // 3]] for chunks in prompts]
@@ -235,8 +245,9 @@ def test_prompts_take_tiles_of_their_own_size(
     layout = LandmarkLayout("sketch", 16, 4)
     lengths = [chunks * PAGE for chunks in prompts]
     case = recall_case(lengths, hot, rows, layout, torch.float32, device, group=3)
-    set_weights(case, 0)
-    check(case, 0, backend)
+    weights = torch.randint(0, levels, (len(prompts), 3, max(prompts))).float() / levels
+    set_weights(case, 0, {row: weights[row, :, :chunks] for row, chunks in enumerate(prompts)})
+    check(case, 0, backend, 1, *pins)
 
 
 @pytest.mark.parametrize("prompts", [[1000], [5000, 1500, 900, 2500]])

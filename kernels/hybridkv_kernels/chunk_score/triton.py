@@ -326,6 +326,7 @@ def bound_kernel(
     GROUP_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    PART: tl.constexpr,
     PLACES: tl.constexpr,
     DATA_ELEMENTS: tl.constexpr,
     TILE_CHUNKS: tl.constexpr,
@@ -344,33 +345,36 @@ def bound_kernel(
     share = tl.cdiv(tl.cdiv(chunks, PLACES), splits) * PLACES
     end = tl.minimum(split * share + share, chunks)
     member = tl.arange(0, GROUP_PAD)
-    dim = tl.arange(0, HEAD_PAD)
     row = (item // HEADS).to(tl.int64)
-    heads = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
-    q = tl.load(heads + dim[None, :], mask=(member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0)
-    if WIDEN:
-        q = q.to(tl.float32)
+    group = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
     arena_row = arena + slot.to(tl.int64) * stride_arena
     for first in range(split * share, end, TILE_CHUNKS):
         chunk = first + tl.arange(0, TILE_CHUNKS)
         live = chunk < end
         page = arena_page(arena_row, landmarks + chunk // PLACES, live, LAYERS * HEADS)
         data = pool + page * (PAGE * 2 * HEAD_SIZE) + (chunk % PLACES) * DATA_ELEMENTS
-        mask = live[:, None] & (dim < HEAD_SIZE)[None, :]
-        values = tl.load(data[:, None] + dim[None, :], mask=mask, other=0.0)
-        if WIDEN:
-            values = values.to(tl.float32)
-        if KIND == "mean":
-            logits = tl.dot(values, tl.trans(q), input_precision=PRECISION)
-        else:
-            largest = tl.load(data[:, None] + (HEAD_SIZE + dim)[None, :], mask=mask, other=0.0)
+        logits = tl.zeros((TILE_CHUNKS, GROUP_PAD), tl.float32)
+        for start in tl.static_range(0, HEAD_PAD, PART):
+            dim = start + tl.arange(0, PART)
+            mask = live[:, None] & (dim < HEAD_SIZE)[None, :]
+            values = tl.load(data[:, None] + dim[None, :], mask=mask, other=0.0)
+            # For each tile anew: there are no registers to keep it in.
+            known = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+            q = tl.load(group + dim[None, :], mask=known, other=0.0)
             if WIDEN:
-                largest = largest.to(tl.float32)
-            # Triton 3.6 takes minimum and maximum of bf16 in fp32.
-            zero = tl.zeros_like(q)
-            logits = tl.dot(values, tl.trans(tl.minimum(q, zero).to(q.dtype)), input_precision=PRECISION)
-            above = tl.maximum(q, zero).to(q.dtype)
-            logits = tl.dot(largest, tl.trans(above), logits, input_precision=PRECISION)
+                q, values = q.to(tl.float32), values.to(tl.float32)
+            if KIND == "mean":
+                logits = tl.dot(values, tl.trans(q), logits, input_precision=PRECISION)
+            else:
+                largest = tl.load(data[:, None] + (HEAD_SIZE + dim)[None, :], mask=mask, other=0.0)
+                if WIDEN:
+                    largest = largest.to(tl.float32)
+                # Triton 3.6 takes minimum and maximum of bf16 in fp32.
+                zero = tl.zeros_like(q)
+                below = tl.minimum(q, zero).to(q.dtype)
+                logits = tl.dot(values, tl.trans(below), logits, input_precision=PRECISION)
+                above = tl.maximum(q, zero).to(q.dtype)
+                logits = tl.dot(largest, tl.trans(above), logits, input_precision=PRECISION)
         to = log_weight + (item.to(tl.int64) * GROUP + member)[None, :] * max_chunks + chunk[:, None]
         tl.store(to, logits * scale_log2, mask=live[:, None] & (member < GROUP)[None, :])
 
@@ -428,7 +432,7 @@ def bound_options(
     num_layers: int, num_kv_heads: int, group: int, layout: LandmarkLayout, dtype: torch.dtype
 ) -> LaunchOptions:
     """How `bound_kernel` is compiled for a model's shape."""
-    full = dtype == torch.float32
+    full, head_pad = dtype == torch.float32, next_power_of_2(layout.head_size)
     constexprs = {
         "KIND": layout.kind,
         "PAGE": PAGE,
@@ -438,7 +442,8 @@ def bound_options(
         "GROUP_PAD": GROUP_PAD,
         "HEAD_SIZE": layout.head_size,
         "PLACES": layout.places,
-        "HEAD_PAD": next_power_of_2(layout.head_size),
+        "HEAD_PAD": head_pad,
+        "PART": min(head_pad, 128),
         "DATA_ELEMENTS": layout.data_bytes // layout.itemsize,
         "TILE_CHUNKS": 16 if full else 64,
         "PRECISION": "ieee" if full else "tf32",

@@ -14,29 +14,110 @@ from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
-# Chunks of a tile that is not worth halving.
-SMALLEST_TILE = 1024
+# Chunks whose keys a program holds in registers; a longer prompt's go through memory, as many at a time.
+LARGEST_TILE = 2048
+# Weights that a program looks at together: 64 a thread, or a member's of one tile.
+WEIGHTS = 16384
 
 
 @triton.jit
-def find_threshold(key: tl.tensor, wanted: tl.tensor, reached: tl.tensor) -> tl.tensor:
+def weights_of(
+    weights: tl.tensor,
+    member: tl.tensor,
+    chunk: tl.tensor,
+    chunks: tl.tensor,
+    stride_chunks: tl.tensor,
+    GROUP: tl.constexpr,
+) -> tl.tensor:
+    """Log-weights [M, N] of chunks for members of the group, -inf where they count nothing."""
+    inside = (member < GROUP)[:, None] & (chunk < chunks)[None, :]
+    at = weights + member.to(tl.int64)[:, None] * stride_chunks + chunk[None, :]
+    weight = tl.load(at, mask=inside, other=float("-inf"))
+    # NaN fails the comparison too.
+    return tl.where(weight < float("inf"), weight, float("-inf"))
+
+
+@triton.jit
+def add_up(weight: tl.tensor, best: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """(the largest weight [M] so far, the sum [M] of all so far, relative to it), with `weight` [M, N]."""
+    new_best = tl.maximum(best, tl.max(weight, axis=1))
+    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
+    return new_best, total * tl.exp2(best - finite) + tl.sum(tl.exp2(weight - finite[:, None]), axis=1)
+
+
+@triton.jit
+def keys_of(
+    weight: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    chunk: tl.tensor,
+    chunks: tl.tensor,
+    pin_first: tl.tensor,
+    pin_recent: tl.tensor,
+) -> tl.tensor:
+    """Keys [N], int32, that order chunks by the largest of their shares of `weight` [M, N]; -1 past the last.
+
+    The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
+    """
+    best = tl.where(best == float("-inf"), 0.0, best)
+    # At least 1, the best chunk's own, unless no chunk has a weight.
+    norm = best + tl.log2(tl.maximum(total, 1.0))
+    share = tl.max(weight - norm[:, None], axis=0)
+    # No share is above 0, except where log2, an approximation, makes it so.
+    key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
+    key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
+    return tl.where(chunk < chunks, key, -1)
+
+
+@triton.jit
+def count_reaching(
+    key: tl.tensor,
+    waiting: tl.tensor,
+    candidate: tl.tensor,
+    chunks: tl.tensor,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """How many keys reach each of 8 candidates; the keys are `key` if WHOLE, else they are read."""
+    # A difference shifted like that is -1 where it is negative; none overflows.
+    if WHOLE:
+        reach = TILE + tl.sum((key[None, :] - candidate[:, None]) >> 31, axis=1)
+    else:
+        reach = tl.zeros((8,), tl.int32)
+        for start in range(0, chunks, TILE):
+            index = start + tl.arange(0, TILE)
+            part = tl.load(waiting + index, mask=index < chunks, other=-1)
+            reach += TILE + tl.sum((part[None, :] - candidate[:, None]) >> 31, axis=1)
+    return reach
+
+
+@triton.jit
+def find_threshold(
+    key: tl.tensor,
+    waiting: tl.tensor,
+    chunks: tl.tensor,
+    wanted: tl.tensor,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
     """The largest threshold that `wanted` keys reach, or less, if no more reach it; and how many do.
 
     A digit of three bits at a time, since each waits for the one before; a few digits mostly tell the keys
     apart.
 
     Args:
-        key: `[TILE]` int32; below 0 they do not count.
-        wanted: at most `reached`.
-        reached: keys that count.
+        key: `[TILE]` int32, all keys if WHOLE; below 0 they do not count.
+        waiting: to all keys otherwise.
+        chunks: keys that count.
+        wanted: at most as many.
     """
     digit = tl.arange(0, 8)
     threshold = tl.full((), 0, tl.int32)
     shift = tl.full((), 28, tl.int32)
+    reached = chunks
     while (reached > wanted) & (shift >= 0):
         candidate = threshold | (digit << shift)
-        # A difference shifted like that is -1 where it is negative; none overflows.
-        reach = key.shape[0] + tl.sum((key[None, :] - candidate[:, None]) >> 31, axis=1)
+        reach = count_reaching(key, waiting, candidate, chunks, WHOLE, TILE)
         # Digit 0 always does.
         fits = reach >= wanted
         threshold = tl.max(tl.where(fits, candidate, 0), axis=0)
@@ -67,62 +148,67 @@ def choose(
     PAGE_INTS: tl.constexpr,
     SLOT_INT: tl.constexpr,
     TILE: tl.constexpr,
-    PART: tl.constexpr,
     MEMBERS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    """Choose the hot chunks of one head, which has at most TILE: the last one's key is found digit by digit.
+    """Choose the hot chunks of one head, of at most TILE chunks if WHOLE: the last one's key is searched for.
+
+    Otherwise keys wait where the missing chunks will be listed: the list never overtakes the chunks that were
+    looked at. The barriers keep the threads' writes of keys, reads of keys and writes of the list in order.
 
     Pointers are to what is the head's, or its slot's, in the buffers of `RecallWork`.
     """
     chunk = tl.arange(0, TILE)
-    valid = chunk < chunks
-
-    share = tl.full((TILE,), float("-inf"), tl.float32)
+    key = tl.full((TILE,), -1, tl.int32)
     # Not unrolled: the loads of all members would come first, and fill the registers.
     for first in range(0, GROUP, MEMBERS):
         member = first + tl.arange(0, MEMBERS)
-        member_weights = weights + member.to(tl.int64) * stride_chunks
-        inside = (member < GROUP)[:, None] & valid[None, :]
-        weight = tl.load(member_weights[:, None] + chunk[None, :], mask=inside, other=float("-inf"))
-        # NaN fails the comparison too.
-        weight = tl.where(weight < float("inf"), weight, float("-inf"))
-        best = tl.max(weight, axis=1)
-        best = tl.where(best == float("-inf"), 0.0, best)
-        # At least 1, the best chunk's own, unless no chunk has a weight.
-        total = tl.maximum(tl.sum(tl.exp2(weight - best[:, None]), axis=1), 1.0)
-        share = tl.maximum(share, tl.max(weight - (best + tl.log2(total))[:, None], axis=0))
-
-    # The bits of non-negative floats order like the floats, and one key above them all is for pinned chunks.
-    # No share is above 0, except where log2, an approximation, makes it so.
-    key = 0x7FFFFFFE - tl.abs(tl.minimum(share, 0.0)).to(tl.int32, bitcast=True)
-    key = tl.where((chunk < pin_first) | (chunk >= chunks - pin_recent), 0x7FFFFFFF, key)
-    key = tl.where(valid, key, -1)
-    threshold, reached = find_threshold(key, hot_slots, chunks)
-    room = hot_slots - tl.sum((key > threshold).to(tl.int32), axis=0)
+        best = tl.full((MEMBERS,), float("-inf"), tl.float32)
+        total = tl.zeros((MEMBERS,), tl.float32)
+        if WHOLE:
+            weight = weights_of(weights, member, chunk, chunks, stride_chunks, GROUP)
+            best, total = add_up(weight, best, total)
+            key = tl.maximum(key, keys_of(weight, best, total, chunk, chunks, pin_first, pin_recent))
+        else:
+            parts = tl.cdiv(chunks, TILE)
+            # Twice over all parts, in one loop: two would need registers for the addresses of both.
+            for step in range(0, 2 * parts):
+                start = step % parts * TILE
+                index = start + chunk
+                weight = weights_of(weights, member, index, chunks, stride_chunks, GROUP)
+                if step < parts:
+                    best, total = add_up(weight, best, total)
+                else:
+                    part = keys_of(weight, best, total, index, chunks, pin_first, pin_recent)
+                    earlier = tl.load(arriving_list + index, mask=(index < chunks) & (first > 0), other=-1)
+                    tl.debug_barrier()
+                    tl.store(arriving_list + index, tl.maximum(part, earlier), mask=index < chunks)
+            tl.debug_barrier()
+    threshold, reached = find_threshold(key, arriving_list, chunks, hot_slots, WHOLE, TILE)
+    room = hot_slots
+    # Rarely more keys are equal to the threshold than there is room for.
+    if reached > hot_slots:
+        for start in range(0, chunks, TILE):
+            if not WHOLE:
+                key = tl.load(arriving_list + start + chunk, mask=start + chunk < chunks, other=-1)
+            room -= tl.sum((key > threshold).to(tl.int32), axis=0)
 
     words = pool.to(tl.pointer_type(tl.int32))
-    if PART < TILE:
-        # Part by part, as the registers have no room for all. Until then the keys wait where the missing
-        # chunks will be listed: the list never overtakes the chunks that were looked at. The barriers keep
-        # the threads' writes of keys, reads of keys and writes of the list in this order.
-        tl.store(arriving_list + chunk, key, mask=valid)
-        tl.debug_barrier()
     equal_before = tl.full((), 0, tl.int32)
     # Chunks that arrived, and 65536 times those that left.
     seen = tl.full((), 0, tl.int32)
-    for start in range(0, chunks, PART):
-        index = start + tl.arange(0, PART)
+    for start in range(0, chunks, TILE):
+        index = start + chunk
         inside = index < chunks
         page = arena_page(arena_row, landmarks + index // PLACES, inside, BLOCK_PAGES)
         entry = words + (page * PAGE_INTS + SLOT_INT + index % PLACES)
         hot_slot = tl.load(entry, mask=inside, other=-1)
-        if PART < TILE:
+        if WHOLE:
+            waiting = key
+        else:
             waiting = tl.load(arriving_list + index, mask=inside, other=-1)
             tl.debug_barrier()
-        else:
-            waiting = key
         chosen = waiting >= threshold
-        # Rarely more keys are equal to the threshold than there is room for.
         if reached > hot_slots:
             equal = (waiting == threshold).to(tl.int32)
             fits = equal_before + tl.cumsum(equal, axis=0) <= room
@@ -170,9 +256,9 @@ def chunk_select_kernel(
     PAGE_INTS: tl.constexpr,
     SLOT_INT: tl.constexpr,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PART: tl.constexpr,
     MEMBERS: tl.constexpr,
+    LONGER: tl.constexpr,
+    MEMBERS_LONGER: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     """Choose the hot chunks of item `program_id(0)`."""
@@ -195,32 +281,56 @@ def chunk_select_kernel(
     if chunks == 0:
         tl.store(num_missing + item, 0)
         return
-    # The smallest tile that holds them: what a prompt costs must not depend on the longest that could come.
-    for level in tl.static_range(LEVELS):
-        if (chunks <= TILE >> level) & ((chunks > TILE >> level + 1) | (level == LEVELS - 1)):
-            choose(
-                pool,
-                arena + slot.to(tl.int64) * stride_arena,
-                log_weight + item.to(tl.int64) * GROUP * stride_chunks,
-                num_missing + item,
-                missing + item.to(tl.int64) * stride_chunks,
-                freed + item.to(tl.int64) * stride_chunks,
-                counters + slot.to(tl.int64) * 2,
-                chunks,
-                hot_slots,
-                landmarks,
-                pin_first,
-                pin_recent,
-                stride_chunks,
-                LAYERS * HEADS,
-                GROUP,
-                PLACES,
-                PAGE_INTS,
-                SLOT_INT,
-                TILE >> level,
-                PART if TILE >> level > PART else TILE >> level,
-                MEMBERS << level,
-            )
+    arena_row = arena + slot.to(tl.int64) * stride_arena
+    weights = log_weight + item.to(tl.int64) * GROUP * stride_chunks
+    if chunks <= TILE:
+        choose(
+            pool,
+            arena_row,
+            weights,
+            num_missing + item,
+            missing + item.to(tl.int64) * stride_chunks,
+            freed + item.to(tl.int64) * stride_chunks,
+            counters + slot.to(tl.int64) * 2,
+            chunks,
+            hot_slots,
+            landmarks,
+            pin_first,
+            pin_recent,
+            stride_chunks,
+            LAYERS * HEADS,
+            GROUP,
+            PLACES,
+            PAGE_INTS,
+            SLOT_INT,
+            TILE,
+            MEMBERS,
+            True,
+        )
+    elif LONGER:
+        choose(
+            pool,
+            arena_row,
+            weights,
+            num_missing + item,
+            missing + item.to(tl.int64) * stride_chunks,
+            freed + item.to(tl.int64) * stride_chunks,
+            counters + slot.to(tl.int64) * 2,
+            chunks,
+            hot_slots,
+            landmarks,
+            pin_first,
+            pin_recent,
+            stride_chunks,
+            LAYERS * HEADS,
+            GROUP,
+            PLACES,
+            PAGE_INTS,
+            SLOT_INT,
+            TILE,
+            MEMBERS_LONGER,
+            False,
+        )
 
 
 @functools.cache
@@ -228,9 +338,7 @@ def launch_options(
     num_layers: int, num_kv_heads: int, group: int, max_chunks: int, layout: LandmarkLayout
 ) -> LaunchOptions:
     """How `chunk_select_kernel` is compiled for a model's shape and the longest prompt."""
-    tile = next_power_of_2(max_chunks)
-    # The tile's keys are held in registers, and the many reductions cost more the more warps there are.
-    num_warps = 8 if tile <= 4096 else 16
+    tile = min(next_power_of_2(max_chunks), LARGEST_TILE)
     constexprs = {
         "PAGE": PAGE,
         "LAYERS": num_layers,
@@ -240,12 +348,13 @@ def launch_options(
         "PAGE_INTS": layout.page_bytes // INDEX_BYTES,
         "SLOT_INT": layout.slot_offset // INDEX_BYTES,
         "TILE": tile,
-        "LEVELS": max(tile // SMALLEST_TILE, 1).bit_length(),
-        "PART": 2048,
-        # 64 weights a thread, at most.
-        "MEMBERS": min(next_power_of_2(group), max(64 * 32 * num_warps // tile, 1)),
+        "MEMBERS": min(next_power_of_2(group), WEIGHTS // tile),
+        "LONGER": max_chunks > tile,
+        # Of a longer prompt half as many, as more of it is known at a time.
+        "MEMBERS_LONGER": min(next_power_of_2(group), max(WEIGHTS // tile // 2, 1)),
     }
-    return LaunchOptions(constexprs, num_warps=num_warps, num_stages=1)
+    # The many reductions cost more the more warps there are, and it runs beside other heads' attention.
+    return LaunchOptions(constexprs, num_warps=8, num_stages=1)
 
 
 def chunk_select(
