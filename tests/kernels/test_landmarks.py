@@ -8,10 +8,12 @@ import pytest
 import torch
 from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_score import chunk_score
+from hybridkv_kernels.chunk_score import triton as score_kernels
 from hybridkv_kernels.extent_decode.work_list import WorkList
 from hybridkv_kernels.recall.landmarks import Landmarks, random_rotation
 from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.reading import field, landmark_pages, page_means
+from hybridkv_kernels.recall.work import RecallWork
 from kernel_cases import strided_heads
 from landmark_cases import RecallCase, recall_case
 from torch import Tensor
@@ -264,6 +266,31 @@ def test_what_lies_beyond_the_last_chunk_does_not_matter(kind: LandmarkKind, dev
         assert weights[:, 5:].isnan().all()
         seen.append(weights[:, :5])
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("sketch2", "sketch_kernel"), ("minmax", "bound_kernel")])
+def test_longer_prompts_that_may_come_start_no_programs(
+    kind: LandmarkKind, kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = recall_case([16 * PAGE], [[[True, False]]], kind, 64, torch.float32, device)
+    row_slot, row_len = torch.tensor([[0], [16 * PAGE + 1]], dtype=torch.int32, device=device)
+    plan = case.plan(row_slot, row_len)
+    programs = []
+    original = getattr(score_kernels, kernel)
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            programs.append(math.prod(grid))
+            return original[grid]
+
+    monkeypatch.setattr(score_kernels, kernel, Recorded())
+    query = torch.randn(1, 4, 64, device=device)
+    for max_chunks in (16, 100_000):
+        work = RecallWork.create(1, 2, 4, case.landmarks, max_chunks, 1, device)
+        where = (case.pool, row_slot, row_len, case.decode, case.recall, 0, 1.0, case.landmarks, work, plan)
+        chunk_score(query, *where, backend="triton")
+    pages = case.landmarks.layout.pages(16)
+    assert programs == [min(2 * pages, 2 + plan.target_programs), 2 + plan.target_programs]
 
 
 def test_rotation_is_orthogonal_fixed_and_mixes_every_dimension(device: torch.device) -> None:
