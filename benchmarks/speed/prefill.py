@@ -158,7 +158,7 @@ def make_prompt(case: Case, device: torch.device, seed: int) -> Prompt:
         torch.randn(pages, PAGE, 2 * HEAD_SIZE, dtype=DTYPE, device=device),
         ids[plan.arena_size :].to(device)[None],
         max_rows=1,
-        with_work=False,
+        work=None,
         recall=_recall_state(case, options, shape.num_layers, device) if case.recalling else None,
         profile=figure.repeat(shape.num_layers, 1),
     )
@@ -177,22 +177,21 @@ def _recall_state(case: Case, options: ServerOptions, layers: int, device: torch
     from hybridkv_vllm.worker.recall import RecallState
     from hybridkv_vllm.worker.tables import CacheShape
 
-    host = None
-    if case.tier == "host":
-        # Room for all heads, in whole store blocks: which of them recall is known on the device only.
-        pages = layers * KV_HEADS * case.chunks + STORE_BLOCK
-        host = HostTier.create(pages * PAGE * 2 * HEAD_SIZE * DTYPE.itemsize, HEAD_SIZE, DTYPE, device)
-    return RecallState.create(
+    state = RecallState.create(
         CacheShape(layers, KV_HEADS, QUERY_HEADS, HEAD_SIZE),
         options,
         Landmarks.create(case.landmark, HEAD_SIZE, DTYPE, device),
-        host,
         slots=1,
         max_rows=1,
         max_chunks=case.chunks,
         backend="auto",
         device=device,
     )
+    if case.tier == "host":
+        # Room for all heads, in whole store blocks: which of them recall is known on the device only.
+        pages = layers * KV_HEADS * case.chunks + STORE_BLOCK
+        state.tier = HostTier.create(pages * PAGE * 2 * HEAD_SIZE * DTYPE.itemsize, HEAD_SIZE, DTYPE, device)
+    return state
 
 
 def _compress(prompt: Prompt, backend: Backend) -> Selection:

@@ -36,20 +36,20 @@ class RecallState:
         work: buffers of one layer's recall.
         plan: how the running step's decode is split over programs; None where the kernels in use need none.
         landmarks: what describes a chunk.
-        tier: the host tier; None where chunks stay in the prompt's blocks.
         options: the server's.
         backend: kernel backend, `triton` or `torch`.
         stream: where chunks go to the host while later layers compute; None on a CPU.
+        tier: the host tier, once the cache exists; None where chunks stay in the prompt's blocks.
     """
 
     tables: RecallTables
     work: RecallWork
     plan: RecallPlan | None
     landmarks: Landmarks
-    tier: HostTier | None
     options: ServerOptions
     backend: Backend
     stream: torch.cuda.Stream | None
+    tier: HostTier | None = None
 
     @classmethod
     def create(
@@ -57,7 +57,6 @@ class RecallState:
         shape: CacheShape,
         options: ServerOptions,
         landmarks: Landmarks,
-        tier: HostTier | None,
         *,
         slots: int,
         max_rows: int,
@@ -65,7 +64,7 @@ class RecallState:
         backend: Backend,
         device: torch.device,
     ) -> RecallState:
-        """Allocates empty tables.
+        """Allocates empty tables, and no tier yet.
 
         Args:
             slots: request slots.
@@ -73,7 +72,8 @@ class RecallState:
             max_chunks: chunks of the longest prompt.
         """
         heads = shape.num_layers * shape.num_kv_heads
-        columns = -(-heads * max_chunks // STORE_BLOCK) if tier is not None else 1
+        on_host = options.recall_tier == "host"
+        columns = -(-heads * max_chunks // STORE_BLOCK) if on_host else 1
         tables = RecallTables(
             chunk_first=torch.full(
                 (slots, shape.num_layers, shape.num_kv_heads), -1, dtype=torch.int32, device=device
@@ -84,7 +84,7 @@ class RecallState:
         work = RecallWork.create(
             max_rows, shape.num_kv_heads, shape.num_query_heads, landmarks, max_chunks, slots, device
         )
-        stream = torch.cuda.Stream(device) if device.type == "cuda" and tier is not None else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" and on_host else None
         plan = None
         if backend == "triton":
             plan = RecallPlan.create(
@@ -95,7 +95,7 @@ class RecallState:
                 landmarks.layout,
                 device,
             )
-        return cls(tables, work, plan, landmarks, tier, options, backend, stream)
+        return cls(tables, work, plan, landmarks, options, backend, stream)
 
     def reset(self, slot: int) -> None:
         """The slot's request is gone: none of its heads recalls, its host memory is free."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hybridkv_kernels.extent_decode import DecodePlan
 from hybridkv_kernels.recall.landmarks import Landmarks
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
@@ -30,7 +31,7 @@ from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
 from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks
 from hybridkv_vllm.worker.recall import RecallState
-from hybridkv_vllm.worker.tables import CacheShape, RequestTables, page_pool
+from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_work, page_pool
 
 # Long enough for a few tiles of every kernel.
 MIN_WARM_UP_TOKENS = 256
@@ -38,6 +39,17 @@ WARM_UP_BUDGET = 0.6
 
 # vLLM configures loggers below its own name only.
 logger = init_logger(f"vllm.{__name__}")
+
+
+def _cache_shape(layers: Sequence[Attention]) -> CacheShape:
+    """Of layers that are all alike."""
+    impl: HybridKVImpl = layers[0].impl
+    return CacheShape(
+        num_layers=len(layers),
+        num_kv_heads=impl.num_kv_heads,
+        num_query_heads=impl.num_heads,
+        head_size=impl.head_size,
+    )
 
 
 class HybridKVModelState(DefaultModelState):
@@ -48,9 +60,21 @@ class HybridKVModelState(DefaultModelState):
         self._tables: RequestTables | None = None
         self._log: CompressionLog | None = None
         self._slots: dict[str, int] = {}
-        self._host_tier: HostTier | None = None
         self._host_tier_bytes = 0
         self._next_step_is_real = False
+        # Now, so that vLLM counts these buffers when it measures what is left for the cache.
+        self._recall: RecallState | None = None
+        self._work: DecodePlan | None = None
+        layers = self._attention_layers()
+        if layers:
+            self._recall = self._make_recall(layers)
+            if self._recall is None and layers[0].impl.kernel_backend == "triton":
+                self._work = make_work(_cache_shape(layers), self.max_num_reqs, self.device)
+
+    def _attention_layers(self) -> list[Attention]:
+        """This rank's layers that use this backend."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        return [layer for layer in layers if isinstance(layer.impl, HybridKVImpl)]
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Builds the tables over the cache that vLLM has just bound, and hands them to every layer.
@@ -59,43 +83,31 @@ class HybridKVModelState(DefaultModelState):
             HybridKVConfigError: the model's layers need more than one kind of KV cache.
         """
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        layers = sorted(
-            (
-                layer
-                for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values()
-                if isinstance(layer.impl, HybridKVImpl)
-            ),
-            key=lambda layer: layer.kv_cache.storage_offset(),
-        )
+        layers = sorted(self._attention_layers(), key=lambda layer: layer.kv_cache.storage_offset())
         if len(kv_cache_config.kv_cache_groups) != 1 or not layers:
             raise HybridKVConfigError(
                 "the model's layers need different kinds of KV cache; serve it with another "
                 "--attention-backend"
             )
         impl: HybridKVImpl = layers[0].impl
-        shape = CacheShape(
-            num_layers=len(layers),
-            num_kv_heads=impl.num_kv_heads,
-            num_query_heads=impl.num_heads,
-            head_size=impl.head_size,
-        )
+        shape = _cache_shape(layers)
         pool = page_pool([layer.kv_cache for layer in layers], shape)
-        blocks = block_tables.block_tables[0].gpu
-        recall = self._make_recall(shape, impl, pool, slots=blocks.shape[0])
+        if self._recall is not None and impl.options.recall_tier == "host":
+            self._attach_host_tier(self._recall, shape, pool)
         self._tables = RequestTables.create(
             shape,
             pool,
-            blocks,
+            block_tables.block_tables[0].gpu,
             max_rows=self.max_num_reqs,
-            with_work=impl.kernel_backend == "triton",
-            recall=recall,
+            work=self._work,
+            recall=self._recall,
             profile=self._read_profile(layers, shape, impl.options),
         )
         parallel = self.vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         tp_rank = get_tp_group().rank_in_group
         heads = heads_report(parallel.data_parallel_index, get_pp_group().rank_in_group, tp_rank)
-        self._log = CompressionLog(worker_metrics(ranks, tp_rank), heads, recall, self.device)
+        self._log = CompressionLog(worker_metrics(ranks, tp_rank), heads, self._recall, self.device)
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton" and self.device.type == "cuda":
@@ -115,40 +127,39 @@ class HybridKVModelState(DefaultModelState):
         figures = profile.figures(numbers, range(first, first + shape.num_kv_heads))
         return torch.tensor(figures, dtype=torch.float32, device=self.device)
 
-    def _make_recall(
-        self, shape: CacheShape, impl: HybridKVImpl, pool: torch.Tensor, *, slots: int
-    ) -> RecallState | None:
-        """What heads need to recall chunks; None where the options let none do so.
-
-        Raises:
-            HybridKVConfigError: the host memory is not to be had.
-        """
-        options = impl.options
+    def _make_recall(self, layers: Sequence[Attention]) -> RecallState | None:
+        """What heads need to recall chunks, but for the host tier; None where the options let none do so."""
+        impl: HybridKVImpl = layers[0].impl
+        options, shape = impl.options, _cache_shape(layers)
         if options.recall_tier == "off":
             return None
-        landmarks = Landmarks.create(options.landmark_kind, shape.head_size, pool.dtype, self.device)
-        if options.recall_tier == "host":
-            ranks = local_ranks(self.vllm_config.parallel_config)
-            num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
-            # vLLM binds a small cache for its memory profiling first, and pinning takes seconds.
-            if self._host_tier is None or self._host_tier_bytes != num_bytes:
-                self._host_tier = None
-                self._host_tier = HostTier.create(num_bytes, shape.head_size, pool.dtype, self.device)
-                self._host_tier_bytes = num_bytes
-                logger.info(
-                    "hybridkv: host pool of %.2f GiB for the chunks of dynamic heads", num_bytes / GIB
-                )
+        dtype = layers[0].kv_cache_torch_dtype
         return RecallState.create(
             shape,
             options,
-            landmarks,
-            self._host_tier,
-            slots=slots,
+            Landmarks.create(options.landmark_kind, shape.head_size, dtype, self.device),
+            slots=self.max_num_reqs,
             max_rows=self.max_num_reqs,
             max_chunks=max(self.vllm_config.model_config.max_model_len // PAGE_TOKENS, 1),
             backend=impl.kernel_backend,
             device=self.device,
         )
+
+    def _attach_host_tier(self, recall: RecallState, shape: CacheShape, pool: torch.Tensor) -> None:
+        """Gives it a host tier for a cache of this size.
+
+        Raises:
+            HybridKVConfigError: the host memory is not to be had.
+        """
+        options, ranks = recall.options, local_ranks(self.vllm_config.parallel_config)
+        num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
+        # vLLM binds a small cache for its memory profiling first, and pinning takes seconds.
+        if recall.tier is None or self._host_tier_bytes != num_bytes:
+            # The old one goes before the new one comes.
+            recall.tier = None
+            recall.tier = HostTier.create(num_bytes, shape.head_size, pool.dtype, self.device)
+            self._host_tier_bytes = num_bytes
+            logger.info("hybridkv: host pool of %.2f GiB for the chunks of dynamic heads", num_bytes / GIB)
 
     def _warm_up(self, tables: RequestTables, impl: HybridKVImpl) -> None:
         """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.

@@ -113,7 +113,7 @@ class RequestTables:
         blocks: torch.Tensor,
         *,
         max_rows: int,
-        with_work: bool,
+        work: DecodePlan | None,
         recall: RecallState | None,
         profile: torch.Tensor | None,
     ) -> RequestTables:
@@ -122,7 +122,7 @@ class RequestTables:
         Args:
             blocks: vLLM's block table by slot, `[S, B]` int32 (shared, not copied).
             max_rows: decode rows of a step, at most.
-            with_work: whether the kernels in use need a `DecodePlan`, unless recall has one.
+            work: see the attribute.
             recall: tables of the heads that recall, for the same slots.
             profile: `[L, H]` fp32, what calibration says of this rank's heads.
         """
@@ -136,7 +136,6 @@ class RequestTables:
             tail_start=torch.zeros(slots, dtype=torch.int32, device=device),
             blocks=blocks,
         )
-        work = make_work(shape, max_rows, device) if with_work and recall is None else None
         row_slot = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         return cls(
             shape=shape,

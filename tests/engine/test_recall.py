@@ -32,6 +32,7 @@ from hybridkv_vllm.observe.heads import Head, RequestHeads, read_heads
 from hybridkv_vllm.observe.metrics import read_samples
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.worker.host_tier import HostTier
+from hybridkv_vllm.worker.state import HybridKVModelState
 
 pytestmark = pytest.mark.slow
 
@@ -66,9 +67,10 @@ def heads_of(ours: Engine, asks: Sequence[Ask]) -> list[RequestHeads]:
     return read_heads()[: len(asks)][::-1]
 
 
-def host_tier(ours: Engine) -> HostTier:
+def host_tier(ours: Engine) -> HostTier | None:
     """The worker's own host tier."""
-    return ours.core.model_executor.driver_worker.worker.model_runner.model_state._host_tier
+    recall = ours.core.model_executor.driver_worker.worker.model_runner.model_state._recall
+    return None if recall is None else recall.tier
 
 
 @contextmanager
@@ -212,6 +214,24 @@ def test_options_of_recall(changes: dict[str, Any], tiny_model: Path) -> None:
         assert_same(second[ask.name], first[ask.name], ask.name)
     if "policy" in changes or "theta" in changes:
         assert all(report.recalled_share == 1 for report in reports)
+
+
+def test_buffers_are_there_before_the_cache(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that vLLM, which measures memory in between, leaves them their room."""
+    initialize, seen = HybridKVModelState.initialize_kv_cache, []
+
+    def begin(self: HybridKVModelState, *args: Any) -> None:
+        seen.append(self._recall)
+        initialize(self, *args)
+
+    monkeypatch.setattr(HybridKVModelState, "initialize_kv_cache", begin)
+    with recalling(tiny_model, kernels="triton") as ours:
+        state = ours.core.model_executor.driver_worker.worker.model_runner.model_state
+        assert seen
+        assert all(recall is state._tables.recall for recall in seen)
+    seen.clear()
+    with engine(tiny_model, options={**RECALL, "dynamic_tier": "off"}):
+        assert seen == [None]
 
 
 def test_an_interval_moves_fewer_chunks(tiny_model: Path) -> None:
