@@ -11,7 +11,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..extent_decode.tables import DecodeTables
-from ..extent_decode.work_list import WorkList
+from ..extent_decode.work_list import WorkList, split_of
 from ..launch import (
     FULL_PRECISION,
     LaunchOptions,
@@ -164,26 +164,6 @@ def whole_products(products: tl.tensor, MEMBERS: tl.constexpr) -> tl.tensor:
     by_digit = tl.reshape(products, (2, MEMBERS, products.shape[1]))
     high, low = tl.split(tl.permute(by_digit, (1, 2, 0)))
     return (256 * high + low).to(tl.float32)
-
-
-@triton.jit
-def split_of(
-    offsets: tl.tensor,
-    work: tl.tensor,
-    program: tl.tensor,
-    items: tl.tensor,
-    layer: tl.tensor,
-    stride_offsets: tl.tensor,
-    stride_work: tl.tensor,
-) -> tl.tensor:
-    """(item, which of its splits, splits of the item) of a program; of an idle one 0 splits of any item."""
-    layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
-    # Stale past the total.
-    item = tl.minimum(tl.load(work + layer.to(tl.int64) * stride_work + program), items - 1)
-    total = tl.load(layer_offsets + items)
-    first = tl.load(layer_offsets + item)
-    splits = tl.load(layer_offsets + item + 1) - first
-    return item, program - first, tl.where(program < total, splits, 0)
 
 
 @triton.jit(do_not_specialize=["items", "layer", "max_chunks"])

@@ -13,6 +13,7 @@ from ..pages import PAGE
 from .paging import head_lengths
 from .plan import SPLIT_GRANULE, DecodePlan
 from .tables import DecodeTables
+from .work_list import split_of
 
 
 @triton.jit(do_not_specialize=["items", "layer"])
@@ -58,25 +59,20 @@ def decode_kernel(
     BLOCK_PAGES: tl.constexpr = LAYERS * HEADS
     TILE: tl.constexpr = TILE_PAGES * PAGE
     program = tl.program_id(0)
-    layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
-    # Stale past the total.
-    item = tl.load(work + layer.to(tl.int64) * stride_work + program)
-    total_splits = tl.load(layer_offsets + items)
+    item, split, splits = split_of(offsets, work, program, items, layer, stride_offsets, stride_work)
     row = (item // HEADS).to(tl.int64)
     head = item % HEADS
-    first_split = tl.load(layer_offsets + item)
-    num_splits = tl.load(layer_offsets + item + 1) - first_split
     slot, first, extent_len, start, tail_len = head_lengths(
         row_slot, row_len, extents, tail_start, item, items, layer, LAYERS, HEADS
     )
     await_launch_before(OVERLAP)
-    if program >= total_splits:
+    if splits == 0:
         return
     extent_pages = tl.cdiv(extent_len, PAGE)
     pages = extent_pages + tl.cdiv(tail_len, PAGE)
     # Whole granules, of which the plan left enough for every split.
-    share = tl.cdiv(tl.cdiv(pages, num_splits), GRANULE) * GRANULE
-    begin = (program - first_split) * share
+    share = tl.cdiv(tl.cdiv(pages, splits), GRANULE) * GRANULE
+    begin = split * share
     end = tl.minimum(begin + share, pages)
     arena_row = arena + slot.to(tl.int64) * stride_arena
     tail_row = blocks + slot.to(tl.int64) * stride_blocks + start // PAGE
@@ -127,7 +123,7 @@ def decode_kernel(
 
     nothing = total == 0.0
     result = acc / tl.where(nothing, 1.0, total)[:, None]
-    if num_splits == 1:
+    if splits == 1:
         out_offset = row * stride_out_row + (head * GROUP + member) * stride_out_head
         tl.store(out + out_offset[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=group_mask)
     else:

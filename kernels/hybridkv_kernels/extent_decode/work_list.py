@@ -165,6 +165,26 @@ def plan_kernel(
     tl.store(layer_offsets + items, used)
 
 
+@triton.jit
+def split_of(
+    offsets: tl.tensor,
+    work: tl.tensor,
+    program: tl.tensor,
+    items: tl.tensor,
+    layer: tl.tensor,
+    stride_offsets: tl.tensor,
+    stride_work: tl.tensor,
+) -> tl.tensor:
+    """(item, which of its splits, splits of the item) of a program; of an idle one 0 splits of any item."""
+    layer_offsets = offsets + layer.to(tl.int64) * stride_offsets
+    # Stale past the total.
+    item = tl.minimum(tl.load(work + layer.to(tl.int64) * stride_work + program), items - 1)
+    total = tl.load(layer_offsets + items)
+    first = tl.load(layer_offsets + item)
+    splits = tl.load(layer_offsets + item + 1) - first
+    return item, program - first, tl.where(program < total, splits, 0)
+
+
 @functools.cache
 def launch_options(
     num_layers: int, num_kv_heads: int, part: Part = "all", granule: int = 1, places: int = 1
