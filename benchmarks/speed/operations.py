@@ -128,9 +128,9 @@ def _select(layer: Layer, misses: Misses, backend: Backend) -> Prepared:
         )
 
     def result() -> Tensor:
-        """Which chunk goes to which slot; all else is stale."""
+        """Which chunks come, and whose slots they get, in order; all else is stale."""
         known = torch.arange(work.missing.shape[1], device=work.missing.device) < work.num_missing[:, None]
-        return torch.where(known, torch.stack((work.missing, work.freed)), -1)
+        return torch.where(known, torch.stack((work.missing, work.freed)), -1).sort(dim=-1).values
 
     def poison() -> None:
         for written in (work.missing, work.freed, work.num_missing):

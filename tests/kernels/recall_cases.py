@@ -14,6 +14,8 @@ from kernel_cases import nan_pool
 from torch import Tensor
 
 STALE = -7
+LARGEST = torch.finfo(torch.float32).max
+LEAST_SHARE = -64.0
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -203,12 +205,14 @@ def chosen_chunks(weights: Tensor, count: int, pin_first: int = 0, pin_recent: i
     chunks = weights.shape[1]
     shares = [-math.inf] * chunks
     for member in weights.double().tolist():
-        usable = [weight if weight < math.inf else -math.inf for weight in member]
+        usable = [-math.inf if math.isnan(weight) else min(weight, LARGEST) for weight in member]
         best = max(usable)
         if best == -math.inf:
             continue
         total = best + math.log2(math.fsum(2.0 ** (weight - best) for weight in usable))
         shares = [max(share, weight - total) for share, weight in zip(shares, usable, strict=True)]
+    # In steps of 2^-24.
+    shares = [math.trunc(max(share, LEAST_SHARE) * 2**24) for share in shares]
     pinned = [chunk < pin_first or chunk >= chunks - pin_recent for chunk in range(chunks)]
     shares = [math.inf if pin else share for share, pin in zip(shares, pinned, strict=True)]
     order = sorted(range(chunks), key=lambda chunk: (-shares[chunk], chunk))

@@ -34,16 +34,16 @@ def chunk_select(
     """Choose as many chunks of each recalling head as it has hot slots, for N decode rows of one layer.
 
     A row selects where `row_len - 1 - prompt_len` is a multiple of `interval`. Each member's weights are
-    normalised to a sum of 1 over the chunks, and a chunk counts with the largest of its group's. The largest
-    are chosen: of equal ones the lower chunk first, and before all others the first `pin_first` and the last
-    `pin_recent` chunks. A weight that is NaN or +inf counts like -inf: nothing.
+    normalised to a sum of 1 over the chunks, and a chunk counts with the largest of its group's: with the
+    logarithm's fixed-point number, a multiple of 2^-24 from -64 on. The largest are chosen: of equal ones the
+    lower chunk first, and before all others the first `pin_first` and the last `pin_recent` chunks. A weight
+    that is NaN is -inf, one that is +inf the largest finite number.
 
-    Chunks that were chosen and are not hot go to `work.missing`, ascending, the hot slots of those that are
-    hot and were not chosen to `work.freed`, in the order of their chunks, and these chunks are no longer
-    hot; `chunk_gather` fills the slots. There are as many of one as of the other, because all hot slots are
-    full: each holds another chunk. Items of padding rows, of heads that do not recall and of rows that do
-    not select get a `num_missing` of 0 and are otherwise left as they are. The counters of the rows' slots
-    count on.
+    Chunks that were chosen and are not hot go to `work.missing`, the hot slots of those that are hot and were
+    not chosen to `work.freed`, and these chunks are no longer hot; `chunk_gather` fills the slots. There are
+    as many of one as of the other, because all hot slots are full: each holds another chunk. In which order,
+    the backend decides. Items of padding rows, of heads that do not recall and of rows that do not select get
+    a `num_missing` of 0 and are otherwise left as they are. The counters of the rows' slots count on.
 
     No two rows may share a slot. Nothing synchronises with the host and launch shapes depend only on N, so
     the call can be captured in a CUDA graph.

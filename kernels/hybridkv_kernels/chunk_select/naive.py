@@ -13,6 +13,11 @@ from ..recall.reading import recalling_rows
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
 
+NOTHING = -64.0
+"""The least log2 of a chunk's share that counts: attention in fp32 does not see what is less."""
+STEP = 2.0**-24
+"""What such logarithms are told apart by."""
+
 
 def chunk_select(
     pool: Tensor,
@@ -52,14 +57,15 @@ def chunk_select(
 
 def _choose(log_weight: Tensor, count: Tensor, pin_first: int, pin_recent: int) -> Tensor:
     """Which chunks [h, C] the `count` [h] chosen ones of each head are, by the weights [h, G, C]."""
-    weight = torch.where(log_weight < math.inf, log_weight, -math.inf)
+    weight = log_weight.nan_to_num(nan=-math.inf, neginf=-math.inf)
     best = weight.amax(dim=-1, keepdim=True)
     best = torch.where(best == -math.inf, 0.0, best)
     # At least 1, the best chunk's own, unless no chunk has a weight.
     total = (weight - best).exp2().sum(dim=-1, keepdim=True).clamp(min=1.0)
     share = (weight - (best + total.log2())).amax(dim=1)
+    share = (share.clamp(NOTHING, 0.0) / STEP).trunc()
     chunks = share.shape[1]
-    # No share is above 0.
+    # Above all others.
     share[:, :pin_first] = 1.0
     share[:, max(chunks - pin_recent, 0) :] = 1.0
     rank = share.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

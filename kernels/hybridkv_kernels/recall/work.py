@@ -9,6 +9,9 @@ from ..pages import group_size, require
 from .landmarks import Landmarks
 from .layout import LandmarkLayout
 
+WEIGHTS_PAST_END = 2048
+"""Elements after the last weight that may be read, for nothing, so that loads need no mask."""
+
 # The least K of a tensor-core dot of bytes.
 LEAST_SPAN = 32
 
@@ -31,9 +34,9 @@ class RecallWork:
 
     Attributes:
         log_weight: [R*H, G, C] fp32, log2 of a chunk's attention weight for each member of the query group,
-            up to a constant of the member's own.
+            up to a constant of the member's own. WEIGHTS_PAST_END more elements follow in memory.
         num_missing: [R*H] int32, chunks that were chosen and are not hot.
-        missing: [R*H, C] int32, those chunks, ascending; stale past num_missing.
+        missing: [R*H, C] int32, those chunks, in any order; stale past num_missing.
         freed: [R*H, C] int32, the hot slot that each one goes to; stale past num_missing.
         counters: [S, 2] int64, of each slot the chosen chunks since the start that were hot already, and
             that were missing.
@@ -85,8 +88,9 @@ class RecallWork:
         def indices(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        weights = floats(items * group * max_chunks + WEIGHTS_PAST_END)
         return cls(
-            log_weight=floats(items, group, max_chunks),
+            log_weight=weights[:-WEIGHTS_PAST_END].view(items, group, max_chunks),
             num_missing=indices(items),
             missing=indices(items, max_chunks),
             freed=indices(items, max_chunks),
