@@ -127,7 +127,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
                 {(SCORE, "TILE_CHUNKS"): tile},
                 {(SCORE, "sketch_options"): {"num_warps": warps, "num_stages": stages}},
             )
-            for tile, warps, stages in ((1, 1, 2), (2, 1, 1), (2, 1, 3), (4, 1, 2), (4, 2, 2), (8, 4, 2))
+            for tile, warps, stages in ((1, 1, 3), (2, 1, 2), (2, 1, 4), (4, 1, 3), (4, 2, 3), (8, 4, 3))
         },
         **{
             f"choice by {warps} warps": Variant(options={(SELECT, "launch_options"): {"num_warps": warps}})

@@ -44,8 +44,9 @@ def overlap(device: torch.device, early: bool = False) -> dict[str, Any]:
         device: where it runs; launches overlap on NVIDIA GPUs from Hopper on.
         early: whether it overlaps with the launch before it, too: it begins once every program of that one
             has called `await_launch_before` or has ended. Ahead of its own call it reads the request tables,
-            the step's rows and its plan, which must not be written by the last launch that was not early,
-            nor since: within a layer nothing writes them.
+            the step's rows and its plan, the rotation of queries and which chunks are hot. These must not be
+            written by the last launch that was not early, nor since: within a layer nothing does so before
+            the kernel that reads it.
     """
     can = device.type == "cuda" and torch.version.hip is None and os.environ.get(OVERLAP_SWITCH) != "0"
     can = can and 10 * torch.cuda.get_device_capability(device)[0] >= OVERLAP_CAPABILITY

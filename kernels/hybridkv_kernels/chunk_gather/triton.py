@@ -56,18 +56,18 @@ def chunk_gather_kernel(
         row_slot, extents, chunk_first, prompt_len, item, layer, PAGE, LAYERS, HEADS, PLACES
     )
     await_launch_before(OVERLAP)
+    item_lists = item.to(tl.int64) * stride_chunks
+    index = tl.program_id(1)
     count = tl.load(num_missing + item)
-    if tl.program_id(1) >= count:
-        return
+    # Without a wait for the count: there are lists for no chunk, too, and nobody looks at what is stale.
+    chunk = tl.load(missing + item_lists + tl.minimum(index, stride_chunks - 1))
+    hot_slot = tl.load(freed + item_lists + tl.minimum(index, stride_chunks - 1))
     first = landmarks + tl.cdiv(chunks, PLACES)
     slot = slot.to(tl.int64)
     arena_row = arena + slot * stride_arena
-    item_lists = item.to(tl.int64) * stride_chunks
     words = pool.to(tl.pointer_type(tl.int32))
     element = tl.arange(0, PAGE_PAD)
-    for index in range(tl.program_id(1), count, SPLIT):
-        chunk = tl.load(missing + item_lists + index)
-        hot_slot = tl.load(freed + item_lists + index)
+    while index < count:
         if HAS_STORE:
             logical = first_chunk + chunk
             block = tl.load(store_blocks + slot * stride_store + logical // STORE_BLOCK).to(tl.int64)
@@ -76,11 +76,14 @@ def chunk_gather_kernel(
         else:
             block = tl.load(blocks + slot * stride_blocks + chunk).to(tl.int64)
             page = words + (block * BLOCK_PAGES + layer * HEADS + item % HEADS) * PAGE_INTS
-        data = tl.load(page + element, mask=element < PAGE_INTS)
         target = arena_page(arena_row, first + hot_slot, hot_slot >= 0, BLOCK_PAGES)
-        tl.store(words + target * PAGE_INTS + element, data, mask=element < PAGE_INTS)
         landmark = arena_page(arena_row, landmarks + chunk // PLACES, chunk >= 0, BLOCK_PAGES)
+        data = tl.load(page + element, mask=element < PAGE_INTS)
+        tl.store(words + target * PAGE_INTS + element, data, mask=element < PAGE_INTS)
         tl.store(words + (landmark * PAGE_INTS + SLOT_INT + chunk % PLACES), hot_slot)
+        index += SPLIT
+        chunk = tl.load(missing + item_lists + index, mask=index < count, other=0)
+        hot_slot = tl.load(freed + item_lists + index, mask=index < count, other=0)
 
 
 @functools.cache

@@ -89,28 +89,37 @@ def prepare_kernel(
         HEADS,
         PLACES,
     )
-    await_launch_before(OVERLAP)
-    if chunks == 0:
-        return
     run = tl.program_id(1)
     member = tl.arange(0, GROUP_PAD)
     column = tl.arange(0, SPAN_PAD)
     in_span = column < SPAN
+    # All loads are under way before a dot waits for one; the rotation's do not wait for the launch before.
+    turns = ()
+    for start in tl.static_range(0, HEAD_PAD, PART):
+        dim = start + tl.arange(0, PART)
+        turns += (  # type: ignore[assignment]
+            tl.load(
+                rotation + dim[:, None] * HEAD_SIZE + run * SPAN + column[None, :],
+                mask=(dim < HEAD_SIZE)[:, None] & in_span[None, :],
+                other=0.0,
+            ),
+        )
+    await_launch_before(OVERLAP)
+    if chunks == 0:
+        return
     row = (item // HEADS).to(tl.int64)
     group = query + row * stride_query_row + (item % HEADS * GROUP + member)[:, None] * stride_query_head
-    rotated = tl.zeros((GROUP_PAD, SPAN_PAD), tl.float32)
-    squares = tl.zeros((GROUP_PAD,), tl.float32)
+    queries = ()
     for start in tl.static_range(0, HEAD_PAD, PART):
         dim = start + tl.arange(0, PART)
         known = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+        queries += (tl.load(group + dim[None, :], mask=known, other=0.0),)  # type: ignore[assignment]
+    rotated = tl.zeros((GROUP_PAD, SPAN_PAD), tl.float32)
+    squares = tl.zeros((GROUP_PAD,), tl.float32)
+    for part in tl.static_range(HEAD_PAD // PART):
         # Not scaled yet: so values of 16 bits are exact.
-        q = tl.load(group + dim[None, :], mask=known, other=0.0).to(tl.float32)
-        turn = tl.load(
-            rotation + dim[:, None] * HEAD_SIZE + run * SPAN + column[None, :],
-            mask=(dim < HEAD_SIZE)[:, None] & in_span[None, :],
-            other=0.0,
-        )
-        rotated = tl.dot(q, turn, rotated, input_precision=PRECISION)
+        q: tl.tensor = queries[part].to(tl.float32)
+        rotated = tl.dot(q, turns[part], rotated, input_precision=PRECISION)
         squares += tl.sum(q * q, axis=1)
     step = tl.maximum(tl.sqrt(squares) * tl.abs(scale_log2), 1e-30) / LARGEST_LEVEL
     weight = (1 << (run % (RUNS // 2) * (8 // RUNS))).to(tl.float32)
@@ -249,10 +258,14 @@ def sketch_kernel(
                 mean_product = tl.dot(query_digits[half + within], mean, mean_product, out_dtype=tl.int32)
         mean_step = 0.5 * tl.load(levels.to(tl.pointer_type(tl.float32)) - 1)
         around = tl.sum(whole_products(mean_product, MEMBERS), axis=1) * (slope * mean_step)
+        scale = tl.load(scales + tl.arange(0, TOKENS))
         for first in range(0, PLACES, TILE_CHUNKS):
             # The last tile begins early enough to end with the page.
             place = tl.minimum(first, PLACES - TILE_CHUNKS)
             token = place * PAGE + tl.arange(0, TOKENS)
+            # A tile ahead: there is work to do while it comes.
+            following = tl.minimum(first + TILE_CHUNKS, PLACES - TILE_CHUNKS) * PAGE
+            next_scale = tl.load(scales + following + tl.arange(0, TOKENS))
             codes_of_tokens = base + token[:, None] * SPAN + column[None, :]
             if SPAN == SPAN_PAD:
                 packed = tl.load(codes_of_tokens)
@@ -263,9 +276,8 @@ def sketch_kernel(
             for run in tl.static_range(RUNS):
                 codes = codes_of(packed, run, BITS, INTERPRETED)
                 product = tl.dot(query_digits[run], codes, product, out_dtype=tl.int32)
-            scale = tl.load(scales + token).to(tl.float32)
             # In units of the slope, which is positive.
-            logits = (whole_products(product, MEMBERS) + zero[:, None]) * scale[None, :]
+            logits = (whole_products(product, MEMBERS) + zero[:, None]) * scale.to(tl.float32)[None, :]
             by_chunk = tl.reshape(logits, (MEMBERS, TILE_CHUNKS, PAGE))
             best = tl.max(by_chunk, axis=2)
             best *= slope[:, None]
@@ -275,6 +287,7 @@ def sketch_kernel(
             chunk = index * PLACES + place + tl.arange(0, TILE_CHUNKS)
             to = log_weight + (item * GROUP + member)[:, None] * max_chunks + chunk[None, :]
             tl.store(to, weight, mask=(member < GROUP)[:, None] & (chunk < chunks)[None, :])
+            scale = next_scale
 
 
 @triton.jit(do_not_specialize=["items", "layer", "max_chunks"])
@@ -404,7 +417,7 @@ def sketch_options(num_layers: int, num_kv_heads: int, group: int, layout: Landm
         "MEAN_PAD": MEAN_PAD,
         "INTERPRETED": bool(knobs.runtime.interpret),
     }
-    return LaunchOptions(constexprs, num_warps=1, num_stages=2)
+    return LaunchOptions(constexprs, num_warps=1, num_stages=3)
 
 
 @functools.cache
