@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
@@ -133,11 +132,18 @@ class TorchDenseImpl:
             pages = kv_cache[row.blocks.long()].transpose(0, 1).flatten(1, 2)[:, : row.num_tokens]
             keys, values = pages.split(self._head_size, dim=-1)
             queries = query[row.queries].transpose(0, 1)
+            num_queries = queries.shape[1]
+            # Not torch's `CausalBias`: compiled models may run with tensor subclasses switched off.
+            earlier = None
+            if num_queries < row.num_tokens:
+                earlier = torch.ones(num_queries, row.num_tokens, dtype=torch.bool, device=query.device)
+                earlier = earlier.tril(row.num_tokens - num_queries)
             attended = torch.nn.functional.scaled_dot_product_attention(
                 queries.unsqueeze(0),
                 keys.unsqueeze(0),
                 values.unsqueeze(0),
-                attn_mask=causal_lower_right(queries.shape[1], row.num_tokens),
+                attn_mask=earlier,
+                is_causal=earlier is None,
                 scale=self._scale,
                 enable_gqa=True,
             )
