@@ -9,7 +9,7 @@ from hybridkv_kernels import PAGE
 from hybridkv_kernels.extent_decode import DecodeTables
 from hybridkv_kernels.recall.layout import INDEX_BYTES, LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.tables import STORE_BLOCK, RecallTables
-from hybridkv_kernels.recall.work import RecallWork
+from hybridkv_kernels.recall.work import WEIGHTS_PAST_END, RecallWork
 from kernel_cases import nan_pool
 from torch import Tensor
 
@@ -138,8 +138,9 @@ def recall_case(
     )
     # Longer than any prompt, and not a round number.
     work = RecallWork.create(len(rows) + 1, heads, heads * group, None, max(num_chunks) + 3, slots, device)
-    # Would be chosen, and NaN would not.
-    work.log_weight.fill_(1e30)
+    # Would be chosen, and NaN would not; also where a kernel reads past the last weight.
+    last = work.log_weight.numel() + WEIGHTS_PAST_END
+    work.log_weight.as_strided((last,), (1,)).fill_(1e30)
     for tensor in (work.num_missing, work.missing, work.freed):
         tensor.fill_(STALE)
     row_slot = index([slot for slot, _ in rows], device)

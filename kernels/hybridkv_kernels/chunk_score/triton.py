@@ -21,6 +21,7 @@ from ..launch import (
     widen_dots,
 )
 from ..pages import PAGE
+from ..recall.hardware import by_hardware
 from ..recall.landmarks import Landmarks
 from ..recall.layout import STEP_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, recalling_head, selecting_head
@@ -154,16 +155,6 @@ def codes_of(
         dtype=tl.int8,
         is_pure=True,
         pack=4,
-    )
-
-
-@triton.jit
-def by_hardware(x: tl.tensor, OP: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """2^x for `ex2`, log2 of x for `lg2`: one instruction, which takes denormal numbers for 0."""
-    if INTERPRETED:
-        return tl.exp2(x) if OP == "ex2" else tl.log2(x)
-    return tl.inline_asm_elementwise(
-        f"{OP}.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
 
 

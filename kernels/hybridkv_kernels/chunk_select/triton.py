@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..chunk_score.triton import by_hardware
 from ..extent_decode.tables import DecodeTables
 from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
+from ..recall.hardware import by_hardware
 from ..recall.layout import INDEX_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
@@ -46,10 +46,10 @@ def weights_of(
     All loads are under way before the first is waited for: there is no mask for chunks past the last, as more
     predicates than there are would put the loads one after the other.
     """
-    THREADS: tl.constexpr = TILE // EACH
+    WIDTH: tl.constexpr = TILE // EACH
     # In three dimensions, as what a thread loads then lies constants apart.
-    step = tl.arange(0, EACH)[None, :, None] * THREADS
-    thread = tl.arange(0, THREADS)[None, None, :]
+    step = tl.arange(0, EACH)[None, :, None] * WIDTH
+    thread = tl.arange(0, WIDTH)[None, None, :]
     at = weights + start + member.to(tl.int64)[:, None, None] * stride_chunks + thread + step
     if GROUP % MEMBERS == 0:
         weight = tl.load(at)
@@ -143,9 +143,8 @@ def find_threshold(
         key: `[N]` int32, all keys if WHOLE; below 0 they do not count.
         waiting: to all keys otherwise, of which N are read at a time.
         chunks: keys that count.
-        wanted: at most as many.
+        wanted: at most as many; if 0, no key reaches the threshold.
     """
-    word = tl.arange(0, 4)
     threshold = tl.full((), 0, tl.int32)
     shift = tl.full((), 27, tl.int32)
     reached = chunks
@@ -160,7 +159,7 @@ def find_threshold(
                 counts += count_reaching(part, threshold, shift, EACH)
         counts = tl.sum(counts, axis=1)
         low, high = counts & 0xFFFF, (counts >> 16) & 0xFFFF
-        low_fits, high_fits = low >= wanted, (high >= wanted) & (word < 3)
+        low_fits, high_fits = low >= wanted, high >= wanted
         threshold += tl.sum(low_fits.to(tl.int32) + high_fits.to(tl.int32), axis=0) << shift
         fewest = tl.minimum(tl.where(low_fits, low, reached), tl.where(high_fits, high, reached))
         reached = tl.min(fewest, axis=0)
@@ -288,8 +287,8 @@ def choose(
     Otherwise keys wait where the missing chunks will be listed: the list never overtakes the chunks that were
     looked at. The barriers keep the threads' writes of keys, reads of keys and writes of the list in order.
 
-    Pointers are to what is the head's, or its slot's, in the buffers of `RecallWork`; `page` and
-    `hot_slot` are of the first TILE chunks.
+    Pointers are to what is the head's, or its slot's, in the buffers of `RecallWork`; `page` and `hot_slot`
+    are of the first TILE chunks.
     """
     chunk = tl.arange(0, TILE)
     key = tl.full((TILE,), -1, tl.int32)
