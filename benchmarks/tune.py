@@ -113,6 +113,16 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "where longer prompts may come": Variant(layer=_among_longer),
         "static heads between scores and choice": Variant(layer=_in_order),
         "static heads beside the scores too": Variant({(recall_decode, "chunk_recall"): _score_beside}),
+        # Fewer programs of scores leave room for them.
+        **{
+            f"static heads beside scores by {number} programs": Variant(
+                {
+                    (recall_decode, "chunk_recall"): _score_beside,
+                    (score_planning, "PROGRAMS_PER_MULTIPROCESSOR"): number,
+                }
+            )
+            for number in (8, 12, 16)
+        },
         **{f"{number} programs beside": Variant({(plan, "PROGRAMS_BESIDE"): number}) for number in (1, 3, 4)},
         **{
             f"{number} programs": Variant({(plan, "PROGRAMS_PER_MULTIPROCESSOR"): number})
