@@ -10,7 +10,7 @@ from hybridkv_kernels.chunk_score import triton as score
 from scripts import load
 
 tune = load("tune")
-FEW = ("as it ships", "static heads beside the scores too", "scores of 4 chunks, 2 warps, 2 stages")
+FEW = ("as it ships", "static heads beside the scores too", "scores of 4 chunks, 2 warps, 3 stages")
 
 
 @pytest.mark.parametrize("name", tune.VARIANTS)
@@ -32,7 +32,7 @@ def test_a_changed_constant_reaches_the_kernel() -> None:
     assert score.sketch_options(*shape).constexprs["TILE_CHUNKS"] == 2
     with tune.VARIANTS[FEW[2]].applied():
         options = score.sketch_options(*shape)
-        assert (options.constexprs["TILE_CHUNKS"], options.num_warps, options.num_stages) == (4, 2, 2)
+        assert (options.constexprs["TILE_CHUNKS"], options.num_warps, options.num_stages) == (4, 2, 3)
     assert score.sketch_options(*shape).constexprs["TILE_CHUNKS"] == 2
 
 
