@@ -47,6 +47,8 @@ CHROMIUM = "@sparticuz/chromium@153.0.0"
 UNPACK = "import chromium from '@sparticuz/chromium'; await chromium.executablePath();"
 # What makes the package unpack its own shared libraries too.
 UNPACK_LIBRARIES = {"AWS_EXECUTION_ENV": "AWS_Lambda_nodejs24.x"}
+# The package's own configuration looks for its fonts where AWS Lambda would have them.
+FONTS = "<fontconfig><dir>{folder}/fonts</dir><cachedir>{folder}/fonts-cache</cachedir></fontconfig>"
 SECONDS = 60_000  # Playwright counts ms.
 KEY = "open sesame"
 LAYERS, KV_HEADS = 3, 2
@@ -86,6 +88,7 @@ def install_browser() -> Path:
                 timeout=600,
             )
             assert done.returncode == 0, f"the browser cannot be installed: {done.stdout}{done.stderr}"
+        (folder / "fonts.conf").write_text(FONTS.format(folder=folder))
         ready.touch()
     return folder
 
@@ -101,7 +104,7 @@ def browser() -> Iterator[Browser]:
             env={
                 **os.environ,
                 "LD_LIBRARY_PATH": str(folder / "al2023" / "lib"),
-                "FONTCONFIG_PATH": str(folder / "fonts"),
+                "FONTCONFIG_FILE": str(folder / "fonts.conf"),
             },
         )
         yield chromium
