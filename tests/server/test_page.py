@@ -88,8 +88,9 @@ def install_browser() -> Path:
                 timeout=600,
             )
             assert done.returncode == 0, f"the browser cannot be installed: {done.stdout}{done.stderr}"
-        (folder / "fonts.conf").write_text(FONTS.format(folder=folder))
         ready.touch()
+    # Also where an earlier run has installed it.
+    (folder / "fonts.conf").write_text(FONTS.format(folder=folder))
     return folder
 
 
