@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 # Defaults, not orders: whatever the user has set wins.
 ENVIRONMENT = {
@@ -20,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Skip the Inductor compilation and warm-up, which cost minutes and buy nothing for small models.
     "VLLM_CPU_CI_ENV": "1",
+    # Nothing is compiled ahead of time then, yet a key of the whole configuration is made in every step.
+    "VLLM_USE_AOT_COMPILE": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -46,12 +47,8 @@ class TorchvisionSchemas(importlib.abc.MetaPathFinder):
         return None
 
 
-class InterpreterMasks(importlib.abc.MetaPathFinder):
-    """Lets Triton's interpreter take masks that numpy has widened, once its module is imported.
-
-    `scalar_condition & tensor_condition` comes out as int8 there, which its loads and stores refuse;
-    vLLM's kernel for structured output has such a mask. A compiled kernel knows one bit only.
-    """
+class Interpreter(importlib.abc.MetaPathFinder):
+    """Adapts Triton's interpreter (see `interpreter.py`) once its module is imported."""
 
     NAME = "triton.runtime.interpreter"
 
@@ -66,27 +63,15 @@ class InterpreterMasks(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                from hybridkv_cpu_harness.interpreter import adapt
+
                 execute(module)
-                self._widen(module.InterpreterBuilder)
+                adapt(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
-    @staticmethod
-    def _widen(builder: Any) -> None:
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-            mask.data = mask.data.astype(bool)
-            return load(self, ptrs, mask, *rest)
-
-        def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            mask.data = mask.data.astype(bool)
-            return store(self, ptrs, value, mask, *rest)
-
-        builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
-
 
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-sys.meta_path[:0] = [TorchvisionSchemas(), InterpreterMasks()]
+sys.meta_path[:0] = [TorchvisionSchemas(), Interpreter()]

@@ -1,0 +1,71 @@
+"""What the CPU environment changes in Triton's interpreter: kernels compute the same, in less time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton import language as tl
+
+pytest.importorskip("hybridkv_cpu_harness", reason="the harness is for environments without a GPU")
+interpreter: Any = pytest.importorskip("triton.runtime.interpreter")
+
+
+@triton.jit
+def _twice(value):
+    return value + tl.sum(value, axis=0) - tl.sum(value, axis=0) + value
+
+
+@triton.jit
+def _kernel(source, target, add, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    value = _twice(tl.load(source + at))
+    tl.store(target + at, tl.where(value > 4, value + add, value))
+
+
+def _run(values: list[int], add: int = 0) -> list[int]:
+    source = torch.tensor(values, dtype=torch.int32)
+    target = torch.full_like(source, -1)
+    _kernel[(1,)](source, target, add, SIZE=len(values))
+    return target.tolist()
+
+
+def _language() -> dict[str, object]:
+    owners = {"tl": tl, "math": tl.math, "tensor": tl.tensor, "dtype": tl.dtype}
+    return {f"{name}.{key}": value for name, owner in owners.items() for key, value in vars(owner).items()}
+
+
+def test_kernels_and_their_functions_run_again_and_again() -> None:
+    """The first run looks for what is replaced in the language, later ones remember it."""
+    for add in (0, 1, 2):
+        assert _run([1, 2, 3, 4], add) == [2, 4, 6 + add, 8 + add]
+
+
+def test_a_kernel_leaves_the_language_as_it_was() -> None:
+    """After a run that ended well, and after one that did not."""
+    before = _language()
+    _run([1, 2, 3, 4])
+    assert _language() == before
+    with pytest.raises(interpreter.InterpreterError):
+        _run([1, 2, 3])  # Not a power of two.
+    assert _language() == before
+    assert _run([1, 2, 3, 4]) == [2, 4, 6, 8]
+
+
+def test_an_integer_that_leaves_its_type_wraps_as_on_a_gpu() -> None:
+    """The interpreter's check for it is left out, which reported nothing."""
+    assert _run([2**31 - 1, 0]) == [-2, 0]
+    assert not interpreter.interpreter_builder.options.sanitize_overflow
+
+
+def test_types_are_named_once_for_scalars_pointers_and_blocks() -> None:
+    """Blocks and pointers of a type do not get each other's numpy type."""
+    get = interpreter._get_np_dtype
+    for _ in range(2):
+        assert get(tl.float16) == "float16"
+        assert get(tl.pointer_type(tl.float16)) == "uint64"
+        assert get(tl.block_type(tl.float16, [4])) == "float16"
+        assert get(tl.block_type(tl.pointer_type(tl.float16), [4])) == "uint64"
+        assert get(tl.bfloat16) == "uint16"

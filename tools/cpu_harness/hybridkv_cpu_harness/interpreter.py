@@ -1,0 +1,91 @@
+"""Triton's interpreter, fit to serve: vLLM's small kernels were most of a step (read in Triton 3.9)."""
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def adapt(interpreter: ModuleType) -> None:
+    """Changes `triton.runtime.interpreter`, right after its import."""
+    _take_wide_masks(interpreter.InterpreterBuilder)
+    _leave_out_overflow_checks(interpreter.interpreter_builder)
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    interpreter._patch_lang = _remember(interpreter._patch_lang, interpreter)
+
+
+def _take_wide_masks(builder: Any) -> None:
+    """Lets loads and stores take masks that numpy has widened.
+
+    `scalar_condition & tensor_condition` comes out as int8, which they refuse; vLLM's kernel for structured
+    output has such a mask. A compiled kernel knows one bit only.
+    """
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
+def _leave_out_overflow_checks(builder: Any) -> None:
+    """Does integer operations once, not once more in 64 bits for a check that reports in debug mode only."""
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _by_name(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Types are asked for with each operation; those of blocks are new objects, and pointers have no hash."""
+    known: dict[str, Any] = {}
+
+    def by_name(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = get_np_dtype(dtype)
+        return known[name]
+
+    return by_name
+
+
+def _remember(patch_lang: Callable[[Any], Any], interpreter: ModuleType) -> Callable[[Any], Any]:
+    """Looks once for what is to be replaced in Triton's language, not anew for each kernel and function.
+
+    That depends only on which of the language's two modules a kernel's own module names. A kernel's
+    replacements are undone at its end; those of the functions that it calls are Triton's to keep.
+    """
+    languages = (interpreter.tl, interpreter.tl.core)
+    of_kernels: dict[tuple[bool, ...], list[tuple[object, str, object]]] = {}
+    of_functions: set[tuple[bool, ...]] = set()
+    in_kernel = False
+
+    class Scope(interpreter._LangPatchScope):  # type: ignore[name-defined,misc]
+        def restore(self) -> None:
+            nonlocal in_kernel
+            in_kernel = False
+            super().restore()
+
+    def remembering(fn: Any) -> Any:
+        nonlocal in_kernel
+        values = {id(value) for value in fn.__globals__.values()}
+        named = tuple(id(language) in values for language in languages)
+        scope = Scope()
+        if in_kernel:
+            if named not in of_functions:
+                of_functions.add(named)
+                patch_lang(fn)
+            return scope
+        if named not in of_kernels:
+            changes = patch_lang(fn)._changes
+            of_kernels[named] = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+            scope._changes = changes
+        else:
+            for change in of_kernels[named]:
+                scope.set_attr(*change)
+        in_kernel = True
+        return scope
+
+    return remembering
