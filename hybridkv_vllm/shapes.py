@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridkv_vllm.plan import PAGE_TOKENS, Tier
 
@@ -15,6 +15,32 @@ if TYPE_CHECKING:
     from hybridkv_kernels.recall.layout import LandmarkKind
 
 GB, MIB, GIB = 10**9, 2**20, 2**30
+# What a config.json calls a layer whose KV cache holds every token. The last two name its feed-forward part.
+FULL_ATTENTION = {"full_attention", "attention", "sparse", "dense"}
+# What it calls the number of a layer's experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A feed-forward part of which a token takes a few experts.
+
+    Attributes:
+        per_token: so many of them does a token take.
+        size: of an expert, as `feed_forward` of a layer without.
+        shared: of what every token takes besides.
+        dense_layers: layers with a plain feed-forward part instead.
+    """
+
+    number: int
+    per_token: int
+    size: int
+    shared: int = 0
+    dense_layers: int = 0
+
+    def taken(self, rows: int) -> float:
+        """How many different ones `rows` tokens take, if each takes any of them alike."""
+        return self.number * (1 - (1 - self.per_token / self.number) ** rows)
 
 
 @dataclass(frozen=True)
@@ -22,6 +48,7 @@ class ModelShape:
     """A decoder with grouped-query attention and a gated feed-forward part.
 
     Attributes:
+        feed_forward: its inner size, in layers without experts.
         tied: whether the output layer is the input embedding.
         vision: parameters outside of the decoder, vision tower and merger; 0 where they are not known.
         itemsize: bytes of a weight and of an element of the KV cache.
@@ -38,17 +65,27 @@ class ModelShape:
     tied: bool = False
     vision: int = 0
     itemsize: int = 2
+    experts: Experts | None = None
 
-    @property
-    def step_parameters(self) -> int:
-        """Parameters that every decode step reads: all but the tower and a separate input embedding."""
-        projections = self.head_size * (2 * self.query_heads + 2 * self.kv_heads) + 3 * self.feed_forward
-        return self.hidden * (self.layers * projections + self.vocabulary)
+    def step_parameters(self, rows: int) -> float:
+        """Parameters that a decode step of `rows` tokens reads: no tower, no separate input embedding."""
+        return self._decoder(self.experts.taken(rows) if self.experts else 0)
 
     @property
     def parameters(self) -> int:
         """All of them, but for norms and biases."""
-        return self.step_parameters + self.vision + (0 if self.tied else self.hidden * self.vocabulary)
+        decoder = int(self._decoder(self.experts.number if self.experts else 0))
+        return decoder + self.vision + (0 if self.tied else self.hidden * self.vocabulary)
+
+    def _decoder(self, taken: float) -> float:
+        """Parameters of all layers and of the output layer, with so many experts a layer."""
+        attention = self.head_size * (2 * self.query_heads + 2 * self.kv_heads)
+        feed_forward: float = self.layers * 3 * self.feed_forward
+        if self.experts:
+            routed = 3 * (taken * self.experts.size + self.experts.shared) + self.experts.number
+            dense = self.experts.dense_layers
+            feed_forward = dense * 3 * self.feed_forward + (self.layers - dense) * routed
+        return self.hidden * (self.layers * attention + feed_forward + self.vocabulary)
 
     def page_bytes(self) -> int:
         """Bytes of 16 tokens of one KV head of one layer."""
@@ -71,7 +108,7 @@ class Gpu:
     link: float
 
 
-# From the models' own config.json; vision parameters rounded to 10 million.
+# As the models' own config.json says; vision parameters rounded to 10 million.
 MODELS: Mapping[str, ModelShape] = MappingProxyType(
     {
         shape.name: shape
@@ -85,6 +122,14 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType(
             ),
             ModelShape(
                 "Qwen/Qwen2.5-VL-72B-Instruct", 80, 8192, 64, 8, 128, 29568, 152064, False, 700_000_000
+            ),
+            ModelShape("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, 32, 8, 128, 9728, 151936, True, 410_000_000),
+            ModelShape("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, 32, 8, 128, 12288, 151936, False, 580_000_000),
+            ModelShape("Qwen/Qwen3-VL-32B-Instruct", 64, 5120, 64, 8, 128, 25600, 151936, False, 600_000_000),
+            ModelShape(
+                "Qwen/Qwen3-VL-30B-A3B-Instruct",
+                *(48, 2048, 32, 4, 128, 6144, 151936, False, 540_000_000),
+                experts=Experts(128, 8, 768),
             ),
         )
     }
@@ -159,16 +204,20 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of a local model, from its config.json alone.
 
     Raises:
-        ValueError: no config, or one without the numbers that are needed.
+        ValueError: no config, one without the numbers that are needed, or one of a model that cannot be
+            served or whose weights cannot be counted.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config.get("llm_config") or config
+    if problem := _problem(config, text):
+        raise ValueError(f"{folder}/config.json: {problem}")
     itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
     try:
         heads = text["num_attention_heads"]
+        experts = _experts(text)
         return ModelShape(
             name=str(folder),
             layers=text["num_hidden_layers"],
@@ -180,6 +229,35 @@ def read_shape(folder: Path) -> ModelShape:
             vocabulary=text["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             itemsize=itemsize,
+            experts=experts,
         )
     except KeyError as error:
         raise ValueError(f"{folder}/config.json says nothing of {error}") from None
+
+
+def _problem(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    """Why the numbers would be wrong: what the server refuses, and weights of another size."""
+    kinds = set(text.get("layer_types") or ()) - FULL_ATTENTION
+    if text.get("kv_lora_rank"):
+        return "the model uses multi-head latent attention (MLA), which HybridKV does not serve"
+    if kinds or (text.get("sliding_window") and text.get("use_sliding_window", True)):
+        found = ", ".join(sorted(kinds)) or "sliding windows"
+        return f"the model has other layers than full attention ({found}), which HybridKV does not serve"
+    if "quantization_config" in config or "quantization_config" in text:
+        return "the model is quantised, and what its weights take is not known; give the one it was made from"
+    if any(isinstance(text.get(name), list) for name in EXPERTS):
+        return "the model has experts of several kinds, which are not counted"
+    return None
+
+
+def _experts(text: Mapping[str, Any]) -> Experts | None:
+    """The experts of a configuration, by the names that published models have for them."""
+    number = next((text[name] for name in EXPERTS if text.get(name)), 0)
+    if not number:
+        return None
+    size = text.get("moe_intermediate_size") or text["intermediate_size"]
+    shared = text.get("shared_expert_intermediate_size") or size * (text.get("n_shared_experts") or 0)
+    layers, every = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
+    first, named = text.get("first_k_dense_replace") or 0, text.get("mlp_only_layers") or ()
+    dense = [layer for layer in range(layers) if layer < first or layer in named or (layer + 1) % every]
+    return Experts(number, text["num_experts_per_tok"], size, shared, len(dense))

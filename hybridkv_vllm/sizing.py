@@ -74,6 +74,7 @@ class Estimate:
 ASSUMPTIONS = (
     "a decode step reads the weights and each row's KV pages once, at 0.9 of the data sheet's bandwidth; "
     "compute, launches, sampling and communication between ranks are not counted, so real steps are longer",
+    "of a layer's experts those that the rows' tokens take are read, each token taking any of them alike",
     "of a local model the vision tower is not counted: its config does not tell its size",
     "chunks that have to be fetched cross the link after all else: nothing is overlapped",
     f"pictures, then a question of {QUESTION} tokens; all KV heads equally sparse",
@@ -98,7 +99,6 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
             f"{gpu.memory / GIB:.1f} GiB of {gpu.name}; use more ranks"
         )
     memory = kv_memory // block_bytes
-    step_weights = shape.step_parameters * shape.itemsize / workload.ranks
     halfway = workload.context + workload.answer // 2
 
     def serving(held: int, needed: int, host_bytes: int, read_pages: float, fetched_bytes: float) -> Serving:
@@ -109,7 +109,8 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
         batch = fit if workload.batch is None else min(workload.batch, fit)
 
         def step(rows: int) -> float:
-            read = step_weights + rows * read_pages * shape.page_bytes()
+            weights = shape.step_parameters(rows) * shape.itemsize / workload.ranks
+            read = weights + rows * read_pages * shape.page_bytes()
             return read / gpu.bandwidth + rows * fetched_bytes / gpu.link
 
         return Serving(held * block_bytes, fit, host_bytes, batch, step(max(1, batch)), step(1))

@@ -11,14 +11,13 @@ from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.profile import read_profile
+from hybridkv_vllm.shapes import FULL_ATTENTION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVScheduler"
 ASYNC_SCHEDULER = "hybridkv_vllm.scheduling.scheduler.HybridKVAsyncScheduler"
-# What configurations call a layer whose KV cache holds every token. The last two name its feed-forward part.
-FULL_ATTENTION = {"full_attention", "attention", "sparse", "dense"}
 # Options that only heads that recall chunks make use of.
 FOR_RECALL = {
     "dynamic_share",

@@ -5,22 +5,46 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hybridkv_vllm.cli import main
-from hybridkv_vllm.shapes import GB, GIB, GPUS, MODELS, ModelShape, Workload, read_shape
+from hybridkv_vllm.shapes import GB, GIB, GPUS, MODELS, Experts, ModelShape, Workload, read_shape
 from hybridkv_vllm.sizing import estimate
 
 SEVEN_B = MODELS["Qwen/Qwen2.5-VL-7B-Instruct"]
 LONG = Workload(context=32768, answer=128)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("3B", 3.75), ("7B", 8.29), ("32B", 33.45), ("72B", 73.4)])
-def test_shapes_have_the_parameters_of_their_models(name: str, billions: float) -> None:
+BILLIONS = {
+    "Qwen2.5-VL-3B": 3.75,
+    "Qwen2.5-VL-7B": 8.29,
+    "Qwen2.5-VL-32B": 33.45,
+    "Qwen2.5-VL-72B": 73.4,
+    "Qwen3-VL-4B": 4.44,
+    "Qwen3-VL-8B": 8.77,
+    "Qwen3-VL-32B": 33.36,
+    "Qwen3-VL-30B-A3B": 31.07,
+}
+
+
+def test_shapes_have_the_parameters_of_their_models() -> None:
     """As Hugging Face counts the checkpoints."""
-    shape = MODELS[f"Qwen/Qwen2.5-VL-{name}-Instruct"]
-    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert {f"Qwen/{name}-Instruct" for name in BILLIONS} == set(MODELS)
+    for name, billions in BILLIONS.items():
+        assert MODELS[f"Qwen/{name}-Instruct"].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_experts_are_read_as_tokens_take_them() -> None:
+    """Of a mixture that is called A3B one token reads three billion parameters, many tokens all of them."""
+    mixture = MODELS["Qwen/Qwen3-VL-30B-A3B-Instruct"]
+    assert mixture.step_parameters(1) / 1e9 == pytest.approx(3.0, rel=0.02)
+    read = [mixture.step_parameters(rows) for rows in (1, 2, 16, 512)]
+    assert read == sorted(set(read))
+    everything = mixture.parameters - mixture.vision - mixture.hidden * mixture.vocabulary
+    assert read[-1] == pytest.approx(everything, rel=1e-6)
+    assert SEVEN_B.step_parameters(1) == SEVEN_B.step_parameters(512)
 
 
 def test_the_figures_that_can_be_done_by_hand() -> None:
@@ -35,7 +59,7 @@ def test_the_figures_that_can_be_done_by_hand() -> None:
     assert result.hybridkv.request_bytes == (205 + 8) * block
     assert result.hybridkv.requests == (memory - 2048) // (205 + 8)
     assert result.hybridkv.host_bytes == 2048 * block
-    step = (2 * SEVEN_B.step_parameters + 62 * (32768 + 64) * 57344) / (0.9 * 4800 * GB)
+    step = (2 * SEVEN_B.step_parameters(62) + 62 * (32768 + 64) * 57344) / (0.9 * 4800 * GB)
     assert result.stock.step == pytest.approx(step)
     assert result.stock.tokens_per_second == pytest.approx(62 / step)
 
@@ -106,6 +130,83 @@ def test_a_local_model_is_read_from_its_config(tiny_model: Path, tmp_path: Path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="says nothing of 'num_attention_heads'"):
         read_shape(tmp_path)
+
+
+COMMON = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "vocab_size": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "experts"),
+    [
+        ({}, None),
+        ({"num_experts": 0}, None),
+        # As Mixtral, Qwen3-MoE, Qwen2-MoE and GLM-4-MoE say it.
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, Experts(8, 2, 256)),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [3]},
+            Experts(8, 2, 32, dense_layers=1),
+        ),
+        (
+            {
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 96,
+                "decoder_sparse_step": 2,
+            },
+            Experts(8, 2, 32, shared=96, dense_layers=2),
+        ),
+        (
+            {
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+            },
+            Experts(8, 2, 32, shared=64, dense_layers=1),
+        ),
+    ],
+)
+def test_experts_are_found_under_their_names(
+    more: dict[str, Any], experts: Experts | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, **more}))
+    assert read_shape(tmp_path).experts == experts
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"kv_lora_rank": 512}, "multi-head latent attention"),
+        ({"sliding_window": 4096}, "sliding windows"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"num_experts": [64, 64]}, "experts of several kinds"),
+        ({"num_experts": 8}, "says nothing of 'num_experts_per_tok'"),
+    ],
+)
+def test_a_model_whose_numbers_would_be_wrong_is_refused(
+    more: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """What the server refuses as well, and weights that cannot be counted."""
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {**COMMON, **more}}))
+    with pytest.raises(ValueError, match=says):
+        read_shape(tmp_path)
+
+
+def test_a_window_that_is_switched_off_is_none(tmp_path: Path) -> None:
+    """As published Qwen2.5-VL configurations have it."""
+    switched_off = {**COMMON, "use_sliding_window": False, "sliding_window": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(switched_off))
+    assert read_shape(tmp_path).layers == 4
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:

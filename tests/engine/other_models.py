@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -213,24 +212,3 @@ def _name_tower_as_published(weights: Path) -> None:
         for name, weight in load_file(weights).items()
     }
     save_file(named, weights, metadata={"format": "pt"})
-
-
-def write_adapter(tiny_model: Path, out: Path, *, seed: int) -> Path:
-    """Writes a LoRA adapter of `tiny_model`'s queries and values that changes its answers; returns `out`."""
-    config = json.loads((tiny_model / "config.json").read_text())["text_config"]
-    hidden, head_size = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-    outputs = {"q_proj": hidden, "v_proj": head_size * config["num_key_value_heads"]}
-    generator, rank, weights = torch.Generator().manual_seed(seed), 8, {}
-    for layer in range(config["num_hidden_layers"]):
-        for projection, size in outputs.items():
-            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
-            down = torch.randn(rank, hidden, generator=generator) * hidden**-0.5
-            weights[f"{name}.lora_A.weight"] = down
-            weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
-    out.mkdir()
-    save_file(weights, out / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(outputs)}
-    (out / "adapter_config.json").write_text(
-        json.dumps({**adapter, "bias": "none", "task_type": "CAUSAL_LM"})
-    )
-    return out

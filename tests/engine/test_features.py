@@ -1,0 +1,168 @@
+"""What vLLM can do beside plain requests: at budget 1.0 the answers are stock vLLM's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import SCENE, Answer, Ask, Engine, answers, assert_same, crowd, engine, picture
+from safetensors.torch import save_file
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import BeamSearchParams
+
+pytestmark = pytest.mark.slow
+
+SETTINGS: Mapping[str, Any] = {
+    "scheduling_policy": "priority",
+    "enable_prompt_embeds": True,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "max_loras": 2,
+    # So few that ours, which are of 16 tokens on a CPU too, run short.
+    "num_gpu_blocks_override": 64,
+    "max_model_len": 400,
+}
+TEXT = Ask("text", SCENE * 12)
+PICTURE = Ask("one picture", "What is this?", (picture(336, 280, 1),))
+HIDDEN = 256
+
+Given = dict[str, list[Answer]]
+
+
+def priorities(of: Engine, folder: Path) -> Given:
+    """The least urgent requests come first: where blocks are short they lose theirs."""
+    del folder
+    asks = crowd()
+    outputs = of.llm.generate(
+        [ask.prompt() for ask in asks],
+        [ask.sampling() for ask in asks],
+        use_tqdm=False,
+        priority=[-number for number in range(len(asks))],
+    )
+    return {ask.name: answers(output) for ask, output in zip(asks, outputs, strict=True)}
+
+
+def embeddings(of: Engine, folder: Path) -> Given:
+    """A prompt of embeddings in place of tokens; they are not taken for a picture."""
+    del folder
+    prompt = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(1))
+    (output,) = of.llm.generate([{"prompt_embeds": prompt}], [TEXT.sampling()], use_tqdm=False)
+    return {"embeddings": answers(output)}
+
+
+def adapters(of: Engine, folder: Path) -> Given:
+    """Two LoRA adapters in a batch, and again: one prompt's cache is another for each of them.
+
+    Every request has one: stock vLLM answers wrongly on a CPU where a request without runs beside them.
+    """
+    loras = [LoRARequest(str(seed), seed, str(folder / str(seed))) for seed in (1, 2)]
+    given = {}
+    for turn in (1, 2):
+        outputs = of.llm.generate(
+            [PICTURE.prompt()] * 2, PICTURE.sampling(max_tokens=8), use_tqdm=False, lora_request=loras
+        )
+        given |= {
+            f"adapter {lora.name}, turn {turn}": answers(output)
+            for lora, output in zip(loras, outputs, strict=True)
+        }
+    assert given["adapter 1, turn 1"] != given["adapter 2, turn 1"]
+    return given
+
+
+def reset_while_running(of: Engine, folder: Path) -> Given:
+    """What trainers do between updates: every running request starts again, without the prefix cache."""
+    del folder
+    vllm_engine, asks = of.llm.llm_engine, (TEXT, PICTURE)
+    before = of.preemptions
+    for ask in asks:
+        vllm_engine.add_request(ask.name, ask.prompt(), ask.sampling())
+    ended, steps = {}, 0
+    while vllm_engine.has_unfinished_requests():
+        ended |= {output.request_id: answers(output) for output in vllm_engine.step() if output.finished}
+        steps += 1
+        if steps == 8:
+            assert of.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert of.preemptions == before + len(asks)
+    return ended
+
+
+def beams(of: Engine, folder: Path) -> Given:
+    """Each step of each beam is a request of its own, whose prompt ends with what was found so far."""
+    del folder
+    (found,) = of.llm.beam_search([PICTURE.prompt()], BeamSearchParams(beam_width=2, max_tokens=6))
+    return {
+        f"beam {number}": [Answer(tuple(beam.tokens), (beam.cum_logprob,))]
+        for number, beam in enumerate(found.sequences)
+    }
+
+
+FEATURES: tuple[Callable[[Engine, Path], Given], ...] = (
+    priorities,
+    embeddings,
+    adapters,
+    beams,
+    reset_while_running,
+)
+
+
+def write_adapter(tiny_model: Path, out: Path, *, seed: int) -> Path:
+    """Writes a LoRA adapter that changes a model's queries and values; returns `out`."""
+    config = json.loads((tiny_model / "config.json").read_text())["text_config"]
+    hidden, head_size = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+    outputs = {"q_proj": hidden, "v_proj": head_size * config["num_key_value_heads"]}
+    generator, rank, weights = torch.Generator().manual_seed(seed), 8, {}
+    for layer in range(config["num_hidden_layers"]):
+        for projection, size in outputs.items():
+            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
+            down = torch.randn(rank, hidden, generator=generator) * hidden**-0.5
+            weights[f"{name}.lora_A.weight"] = down
+            weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
+    out.mkdir()
+    save_file(weights, out / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(outputs)}
+    (out / "adapter_config.json").write_text(
+        json.dumps({**adapter, "bias": "none", "task_type": "CAUSAL_LM"})
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the adapters lie."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed in (1, 2):
+        write_adapter(tiny_model, folder / str(seed), seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock_gives(tiny_model: Path, folder: Path) -> dict[str, Given]:
+    """What stock vLLM answers."""
+    with engine(tiny_model, **SETTINGS) as stock:
+        return {feature.__name__: feature(stock, folder) for feature in FEATURES}
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_model: Path, stock_gives: dict[str, Given]) -> Iterator[Engine]:
+    """One engine for all of them; two do not live in a process at a time."""
+    del stock_gives
+    with engine(tiny_model, options={"budget": 1.0}, **SETTINGS) as ours:
+        yield ours
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.__name__)
+def test_answers_equal_stock_vllm(
+    feature: Callable[[Engine, Path], Given], ours: Engine, stock_gives: dict[str, Given], folder: Path
+) -> None:
+    """Each on an engine that has done the others before; nothing is left behind."""
+    before = ours.preemptions
+    given, expected = feature(ours, folder), stock_gives[feature.__name__]
+    assert given.keys() == expected.keys()
+    for name, answer in given.items():
+        assert_same(answer, expected[name], name)
+    assert (ours.preemptions > before) == (feature in (priorities, reset_while_running))
+    ours.assert_empty()
