@@ -217,7 +217,6 @@ def read_shape(folder: Path) -> ModelShape:
     itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
     try:
         heads = text["num_attention_heads"]
-        experts = _experts(text)
         return ModelShape(
             name=str(folder),
             layers=text["num_hidden_layers"],
@@ -229,7 +228,7 @@ def read_shape(folder: Path) -> ModelShape:
             vocabulary=text["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             itemsize=itemsize,
-            experts=experts,
+            experts=_experts(text),
         )
     except KeyError as error:
         raise ValueError(f"{folder}/config.json says nothing of {error}") from None

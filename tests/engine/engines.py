@@ -226,6 +226,8 @@ def engine(
     if options is not None:
         arguments["attention_backend"] = "hybridkv"
         arguments["additional_config"] = {"hybridkv": {"min_prompt_tokens": 16, **options}}
+    # vLLM collects garbage several times while it starts: not among what all of its modules are made of.
+    gc.freeze()
     llm = LLM(str(model), **arguments)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -236,7 +238,6 @@ def engine(
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
-        gc.collect()
         torch._dynamo.reset()
 
 

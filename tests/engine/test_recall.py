@@ -421,16 +421,16 @@ def test_two_ranks_recall_and_report_as_one(split: str, tiny_model: Path) -> Non
 
 
 def seven_billion_shape(tiny_model: Path, out: Path) -> Path:
-    """The tiny model with the heads of Qwen2.5-VL-7B (28 query heads on 4 of size 128), in 2 layers."""
+    """The tiny model with the heads of Qwen2.5-VL-7B (28 query heads on 4 of size 128), in one layer."""
     shutil.copytree(tiny_model, out, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((out / "config.json").read_text())
     config["text_config"] |= {
         "hidden_size": 28 * 128,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
-        "layer_types": ["full_attention"] * 2,
+        "layer_types": ["full_attention"],
     }
     config["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
     config["vision_config"]["out_hidden_size"] = 28 * 128
