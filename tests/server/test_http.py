@@ -704,23 +704,30 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
     assert ask(client).usage.completion_tokens == 12
 
 
-def test_without_the_endpoint_plugin_the_routes_are_off_and_the_counters_on(
+def test_engines_and_api_servers_count_together_also_without_the_routes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
+    """Two engines of a data-parallel server, each asked by name, behind two API servers."""
     environment = {**ENVIRONMENT, "VLLM_PLUGINS": "hybridkv"}
     # Several API servers share vLLM's own directory of counters: another way for ours to /metrics.
-    arguments = (*ARGUMENTS, "--api-server-count", "2")
+    arguments = (*ARGUMENTS, "--api-server-count", "2", "--data-parallel-size", "2")
     with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:
         for path in ("/hybridkv", "/hybridkv/", "/hybridkv/stats", "/hybridkv/requests", "/hybridkv/heads"):
             assert httpx.get(it.url + path, timeout=60).status_code == httpx.codes.NOT_FOUND
         before = settled(it)
         with OpenAI(base_url=it.url + "/v1", api_key="none", max_retries=0) as client:
-            (request,) = served(ask(client))
+            given = [ask(client, extra_headers={"X-data-parallel-rank": str(rank)}) for rank in (0, 1)]
         changes = settled(it).since(before)
+        generated = re.findall(
+            r'vllm:generation_tokens_total\{engine="(\d)".* (\S+)', it.get("/metrics").text
+        )
+        assert {engine: float(tokens) >= 12 for engine, tokens in generated} == {"0": True, "1": True}
+        assert given[0].choices[0].message.content == given[1].choices[0].message.content
         assert changes.pop("hybridkv_chunks_recalled_total") > 0
         assert changes.pop("hybridkv_chunks_hit_total") > 0
-        num_dynamic = round(changes['hybridkv_heads{type="dynamic"}'])
-        assert changes == expected_counts([request], [num_dynamic])
+        num_dynamic = round(changes['hybridkv_heads{type="dynamic"}']) // 2
+        requests = [request for answer in given for request in served(answer)]
+        assert changes == expected_counts(requests, [num_dynamic] * 2)
 
 
 def test_a_server_that_ends_is_reported_with_its_log(tiny_model: Path, tmp_path: Path) -> None:
