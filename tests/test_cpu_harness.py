@@ -47,6 +47,7 @@ def test_a_kernel_leaves_the_language_as_it_was() -> None:
     """After a run that ended well, and after one that did not."""
     before = _language()
     _run([1, 2, 3, 4])
+    assert all(tl.core.is_builtin(member) for member in (tl.load, tl.math.exp, tl.tensor.__add__))
     assert _language() == before
     with pytest.raises(interpreter.InterpreterError):
         _run([1, 2, 3])  # Not a power of two.

@@ -159,9 +159,9 @@ COMMON = {
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": 32,
                 "shared_expert_intermediate_size": 96,
-                "decoder_sparse_step": 2,
+                "decoder_sparse_step": 3,
             },
-            Experts(8, 2, 32, shared=96, dense_layers=2),
+            Experts(8, 2, 32, shared=96, dense_layers=3),
         ),
         (
             {
