@@ -108,7 +108,7 @@ class Gpu:
     link: float
 
 
-# As the models' own config.json says; vision parameters rounded to 10 million.
+# As published, and adding up to what the checkpoints have (a test); vision parameters rounded to 10 million.
 MODELS: Mapping[str, ModelShape] = MappingProxyType(
     {
         shape.name: shape
