@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from engines import SCENE, Answer, Ask, Engine, answers, assert_same, crowd, eng
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams
+
+from hybridkv_vllm.tiny_model import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS
 
 pytestmark = pytest.mark.slow
 
@@ -28,14 +31,13 @@ SETTINGS: Mapping[str, Any] = {
 }
 TEXT = Ask("text", SCENE * 12)
 PICTURE = Ask("one picture", "What is this?", (picture(336, 280, 1),))
-HIDDEN = 256
+LAYERS = 4  # The tiny model's.
 
 Given = dict[str, list[Answer]]
 
 
-def priorities(of: Engine, folder: Path) -> Given:
+def priorities(of: Engine) -> Given:
     """The least urgent requests come first: where blocks are short they lose theirs."""
-    del folder
     asks = crowd()
     outputs = of.llm.generate(
         [ask.prompt() for ask in asks],
@@ -46,36 +48,53 @@ def priorities(of: Engine, folder: Path) -> Given:
     return {ask.name: answers(output) for ask, output in zip(asks, outputs, strict=True)}
 
 
-def embeddings(of: Engine, folder: Path) -> Given:
+def embeddings(of: Engine) -> Given:
     """A prompt of embeddings in place of tokens; they are not taken for a picture."""
-    del folder
     prompt = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(1))
     (output,) = of.llm.generate([{"prompt_embeds": prompt}], [TEXT.sampling()], use_tqdm=False)
     return {"embeddings": answers(output)}
 
 
-def adapters(of: Engine, folder: Path) -> Given:
+def write_adapter(folder: Path, seed: int) -> Path:
+    """Writes a LoRA adapter that changes the tiny model's queries and values; returns where it lies."""
+    generator, rank, weights = torch.Generator().manual_seed(seed), 8, {}
+    outputs = {"q_proj": HEADS * HEAD_SIZE, "v_proj": KV_HEADS * HEAD_SIZE}
+    for layer in range(LAYERS):
+        for projection, size in outputs.items():
+            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
+            down = torch.randn(rank, HIDDEN, generator=generator) * HIDDEN**-0.5
+            weights[f"{name}.lora_A.weight"] = down
+            weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
+    out = folder / str(seed)
+    out.mkdir()
+    save_file(weights, out / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(outputs)}
+    (out / "adapter_config.json").write_text(json.dumps({**adapter, "bias": "none"}))
+    return out
+
+
+def adapters(of: Engine) -> Given:
     """Two LoRA adapters in a batch, and again: one prompt's cache is another for each of them.
 
     Every request has one: stock vLLM answers wrongly on a CPU where a request without runs beside them.
     """
-    loras = [LoRARequest(str(seed), seed, str(folder / str(seed))) for seed in (1, 2)]
     given = {}
-    for turn in (1, 2):
-        outputs = of.llm.generate(
-            [PICTURE.prompt()] * 2, PICTURE.sampling(max_tokens=8), use_tqdm=False, lora_request=loras
-        )
-        given |= {
-            f"adapter {lora.name}, turn {turn}": answers(output)
-            for lora, output in zip(loras, outputs, strict=True)
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        loras = [LoRARequest(str(seed), seed, str(write_adapter(Path(folder), seed))) for seed in (1, 2)]
+        for turn in (1, 2):
+            outputs = of.llm.generate(
+                [PICTURE.prompt()] * 2, PICTURE.sampling(max_tokens=8), use_tqdm=False, lora_request=loras
+            )
+            given |= {
+                f"adapter {lora.name}, turn {turn}": answers(output)
+                for lora, output in zip(loras, outputs, strict=True)
+            }
     assert given["adapter 1, turn 1"] != given["adapter 2, turn 1"]
     return given
 
 
-def reset_while_running(of: Engine, folder: Path) -> Given:
+def reset_while_running(of: Engine) -> Given:
     """What trainers do between updates: every running request starts again, without the prefix cache."""
-    del folder
     vllm_engine, asks = of.llm.llm_engine, (TEXT, PICTURE)
     before = of.preemptions
     for ask in asks:
@@ -90,9 +109,8 @@ def reset_while_running(of: Engine, folder: Path) -> Given:
     return ended
 
 
-def beams(of: Engine, folder: Path) -> Given:
+def beams(of: Engine) -> Given:
     """Each step of each beam is a request of its own, whose prompt ends with what was found so far."""
-    del folder
     (found,) = of.llm.beam_search([PICTURE.prompt()], BeamSearchParams(beam_width=2, max_tokens=6))
     return {
         f"beam {number}": [Answer(tuple(beam.tokens), (beam.cum_logprob,))]
@@ -100,7 +118,7 @@ def beams(of: Engine, folder: Path) -> Given:
     }
 
 
-FEATURES: tuple[Callable[[Engine, Path], Given], ...] = (
+FEATURES: tuple[Callable[[Engine], Given], ...] = (
     priorities,
     embeddings,
     adapters,
@@ -109,41 +127,11 @@ FEATURES: tuple[Callable[[Engine, Path], Given], ...] = (
 )
 
 
-def write_adapter(tiny_model: Path, out: Path, *, seed: int) -> Path:
-    """Writes a LoRA adapter that changes a model's queries and values; returns `out`."""
-    config = json.loads((tiny_model / "config.json").read_text())["text_config"]
-    hidden, head_size = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-    outputs = {"q_proj": hidden, "v_proj": head_size * config["num_key_value_heads"]}
-    generator, rank, weights = torch.Generator().manual_seed(seed), 8, {}
-    for layer in range(config["num_hidden_layers"]):
-        for projection, size in outputs.items():
-            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
-            down = torch.randn(rank, hidden, generator=generator) * hidden**-0.5
-            weights[f"{name}.lora_A.weight"] = down
-            weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
-    out.mkdir()
-    save_file(weights, out / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(outputs)}
-    (out / "adapter_config.json").write_text(
-        json.dumps({**adapter, "bias": "none", "task_type": "CAUSAL_LM"})
-    )
-    return out
-
-
 @pytest.fixture(scope="module")
-def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the adapters lie."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed in (1, 2):
-        write_adapter(tiny_model, folder / str(seed), seed=seed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stock_gives(tiny_model: Path, folder: Path) -> dict[str, Given]:
+def stock_gives(tiny_model: Path) -> dict[str, Given]:
     """What stock vLLM answers."""
     with engine(tiny_model, **SETTINGS) as stock:
-        return {feature.__name__: feature(stock, folder) for feature in FEATURES}
+        return {feature.__name__: feature(stock) for feature in FEATURES}
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +144,11 @@ def ours(tiny_model: Path, stock_gives: dict[str, Given]) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.__name__)
 def test_answers_equal_stock_vllm(
-    feature: Callable[[Engine, Path], Given], ours: Engine, stock_gives: dict[str, Given], folder: Path
+    feature: Callable[[Engine], Given], ours: Engine, stock_gives: dict[str, Given]
 ) -> None:
     """Each on an engine that has done the others before; nothing is left behind."""
     before = ours.preemptions
-    given, expected = feature(ours, folder), stock_gives[feature.__name__]
+    given, expected = feature(ours), stock_gives[feature.__name__]
     assert given.keys() == expected.keys()
     for name, answer in given.items():
         assert_same(answer, expected[name], name)
