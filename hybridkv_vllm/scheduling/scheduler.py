@@ -98,9 +98,13 @@ class HybridKVScheduler(Scheduler):
         self.hybridkv_metrics.fallback(reason)
         logger.warning_once("hybridkv: request left uncompressed (%s): %s", reason, remedy)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Caps prefix hits so that the whole observation window is computed in this request."""
-        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *args, **kwargs
+        )
         plan = self.hybridkv_manager.plans.get(request.request_id)
         if plan is not None:
             longest_hit = plan.last_chunk_start // PAGE_TOKENS * PAGE_TOKENS

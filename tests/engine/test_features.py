@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,18 @@ SETTINGS: Mapping[str, Any] = {
 TEXT = Ask("text", SCENE * 12)
 PICTURE = Ask("one picture", "What is this?", (picture(336, 280, 1),))
 LAYERS = 4  # The tiny model's.
+# What clients send beside a temperature; vLLM has kernels of its own for most of it.
+SAMPLING: Mapping[str, Mapping[str, Any]] = {
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 20},
+    "top_p and top_k": {"top_p": 0.9, "top_k": 20},
+    "min_p": {"min_p": 0.02},
+    "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    "bias": {"logit_bias": {5: 4.0}},
+    "bad words": {"bad_words": ["the"]},
+    "allowed tokens": {"allowed_token_ids": list(range(5, 25))},
+    "prompt logprobs": {"prompt_logprobs": 2},
+}
 
 Given = dict[str, list[Answer]]
 
@@ -53,6 +66,19 @@ def embeddings(of: Engine) -> Given:
     prompt = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(1))
     (output,) = of.llm.generate([{"prompt_embeds": prompt}], [TEXT.sampling()], use_tqdm=False)
     return {"embeddings": answers(output)}
+
+
+def sampling(of: Engine) -> Given:
+    """Seeded, so that equal logits give equal tokens; all in one batch, of fewer and fewer."""
+    asks = [
+        dataclasses.replace(
+            PICTURE if number % 2 else TEXT,
+            name=name,
+            params={"temperature": 0.9, "seed": number, "max_tokens": 8 + number, **params},
+        )
+        for number, (name, params) in enumerate(SAMPLING.items())
+    ]
+    return of.ask(asks)
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
@@ -123,6 +149,7 @@ FEATURES: tuple[Callable[[Engine], Given], ...] = (
     embeddings,
     adapters,
     beams,
+    sampling,
     reset_while_running,
 )
 

@@ -10,6 +10,7 @@ def adapt(interpreter: ModuleType) -> None:
     """Changes `triton.runtime.interpreter`, right after its import."""
     _take_wide_masks(interpreter.InterpreterBuilder)
     _leave_out_overflow_checks(interpreter.interpreter_builder)
+    interpreter._patch_lang_core = _count_in_scalars(interpreter._patch_lang_core, interpreter.tl)
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     interpreter._patch_lang = _remember(interpreter._patch_lang, interpreter)
 
@@ -31,6 +32,24 @@ def _take_wide_masks(builder: Any) -> None:
         return store(self, ptrs, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
+def _count_in_scalars(patch_lang_core: Callable[[Any, Any], None], tl: Any) -> Callable[[Any, Any], None]:
+    """Gives what `tl.range` counts in the method `to`, which a compiled loop's scalar has.
+
+    vLLM's kernel for top-k and top-p calls it.
+    """
+
+    class Scalar(int):
+        def to(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+            return tl.cast(int(self), dtype, *args, **kwargs)
+
+    def counting(lang: Any, scope: Any) -> None:
+        patch_lang_core(lang, scope)
+        count = lang.range
+        scope.set_attr(lang, "range", lambda *args, **kwargs: map(Scalar, count(*args, **kwargs)))
+
+    return counting
 
 
 def _leave_out_overflow_checks(builder: Any) -> None:
