@@ -1,8 +1,8 @@
 """Entry point `vllm.general_plugins`: registers HybridKV and holds the only patches of vLLM.
 
-Each patch says why no hook would do; all were read in vLLM 0.32.0. Official hooks are used for all else:
-the attention-backend registry, the KV cache spec registry, the scheduler class, `ModelState`, endpoint
-plugins.
+Each patch says why no hook would do; all were read in vLLM 0.32.0 and 0.33.0. Official hooks are used
+for all else: the attention-backend registry, the KV cache spec registry, the scheduler class, `ModelState`,
+endpoint plugins.
 """
 
 from __future__ import annotations

@@ -152,6 +152,8 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
         yield "Model Runner V1 is not supported; unset VLLM_USE_V2_MODEL_RUNNER or set it to 1"
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors are not supported; remove --kv-transfer-config"
+    if cache.kv_offloading_size is not None:  # vLLM makes a connector of it after this check.
+        yield "KV offloading is not supported; remove --kv-offloading-size"
     if parallel.decode_context_parallel_size > 1:
         yield "context parallelism is not supported; remove --decode-context-parallel-size"
     if parallel.prefill_context_parallel_size > 1:

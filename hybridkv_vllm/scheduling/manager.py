@@ -17,7 +17,7 @@ class HybridKVManager(FullAttentionManager):
 
     A planned request holds: its prompt's blocks until the step that ends the prefill is processed (with the
     tier `gpu` to its own end), the arena from the moment that step is scheduled, and the ordinary blocks of
-    its tail. Everything else is vLLM's `FullAttentionManager` (read in 0.32.0).
+    its tail. Everything else is vLLM's `FullAttentionManager` (read in 0.32.0 and 0.33.0).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -38,7 +38,7 @@ def visual_spans(request: Request) -> tuple[Span, ...]:
 
 
 class HybridKVScheduler(Scheduler):
-    """vLLM's scheduler plus plans, arenas and early returns (hooks read in 0.32.0)."""
+    """vLLM's scheduler plus plans, arenas and early returns (hooks read in 0.32.0 and 0.33.0)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,9 +102,7 @@ class HybridKVScheduler(Scheduler):
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Caps prefix hits so that the whole observation window is computed in this request."""
-        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(
-            request, *args, **kwargs
-        )
+        blocks, num_local, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         plan = self.hybridkv_manager.plans.get(request.request_id)
         if plan is not None:
             longest_hit = plan.last_chunk_start // PAGE_TOKENS * PAGE_TOKENS

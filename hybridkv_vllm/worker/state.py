@@ -53,7 +53,7 @@ def _cache_shape(layers: Sequence[Attention]) -> CacheShape:
 
 
 class HybridKVModelState(DefaultModelState):
-    """vLLM's default model state plus the tables of compressed prompts (hooks read in 0.32.0)."""
+    """vLLM's default model state plus the tables of compressed prompts (hooks read in 0.32.0 and 0.33.0)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

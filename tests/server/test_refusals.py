@@ -300,6 +300,7 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
     ("settings", "remedy"),
     [
         ({"kv_transfer_config": CONNECTOR}, "remove --kv-transfer-config"),
+        ({"kv_offloading_size": 1.0}, "remove --kv-offloading-size"),
         (
             {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
             "remove --decode-context-parallel-size",
