@@ -23,6 +23,14 @@ def _kernel(source, target, add, SIZE: tl.constexpr):
     tl.store(target + at, tl.where(value > 4, value + add, value))
 
 
+@triton.jit
+def _sum_up_to(target, end):
+    total = tl.zeros((), dtype=tl.int64)
+    for number in tl.range(1, end):
+        total += number.to(tl.int64) * number
+    tl.store(target, total)
+
+
 def _run(values: list[int], add: int = 0) -> list[int]:
     source = torch.tensor(values, dtype=torch.int32)
     target = torch.full_like(source, -1)
@@ -70,3 +78,14 @@ def test_types_are_named_once_for_scalars_pointers_and_blocks() -> None:
         assert get(tl.block_type(tl.float16, [4])) == "float16"
         assert get(tl.block_type(tl.pointer_type(tl.float16), [4])) == "uint64"
         assert get(tl.bfloat16) == "uint16"
+
+
+def test_a_loop_counts_in_numbers_with_a_type() -> None:
+    """As a compiled loop does; vLLM's kernel for top-k and top-p makes use of it."""
+    target = torch.zeros((), dtype=torch.int64)
+    _sum_up_to[(1,)](target, 4)
+    assert target.item() == 1 + 4 + 9
+    before = _language()
+    _sum_up_to[(1,)](target, 3)
+    assert target.item() == 1 + 4
+    assert _language() == before

@@ -23,12 +23,15 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -60,8 +63,12 @@ def _text(tokenizer: Qwen2Tokenizer, **more: Any) -> dict[str, Any]:
     }
 
 
-def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Built:
-    """Interleaved M-RoPE, normed queries and keys, features in several layers, timestamps before frames."""
+def _qwen3_vl(
+    tokenizer: Qwen2Tokenizer,
+    config_class: type[PreTrainedConfig],
+    model_class: type[PreTrainedModel],
+    **text: Any,
+) -> Built:
     patch, merge = 16, 2
     pixels = (patch * merge) ** 2
     grid = {
@@ -76,9 +83,9 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Built:
         "mrope_section": [6, 5, 5],
         "mrope_interleaved": True,
     }
-    config = Qwen3VLConfig(
-        architectures=["Qwen3VLForConditionalGeneration"],
-        text_config=_text(tokenizer, head_dim=32, rope_parameters=rope),
+    config = config_class(
+        architectures=[model_class.__name__],
+        text_config=_text(tokenizer, head_dim=32, rope_parameters=rope, **text),
         vision_config={
             "depth": 3,
             "hidden_size": 128,
@@ -99,7 +106,25 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Built:
         video_processor=Qwen3VLVideoProcessor(**grid),
         tokenizer=tokenizer,
     )
-    return Qwen3VLForConditionalGeneration(config), processor
+    return model_class(config), processor
+
+
+def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Built:
+    """Interleaved M-RoPE, normed queries and keys, features in several layers, timestamps before frames."""
+    return _qwen3_vl(tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+
+
+def qwen3_vl_moe(tokenizer: Qwen2Tokenizer) -> Built:
+    """The same with experts, of which each token takes two."""
+    return _qwen3_vl(
+        tokenizer,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
 
 
 def llava_onevision(tokenizer: Qwen2Tokenizer) -> Built:
@@ -158,6 +183,7 @@ def llama(tokenizer: Qwen2Tokenizer) -> Built:
 
 MODELS: Mapping[str, Callable[[Qwen2Tokenizer], Built]] = {
     "Qwen3-VL": qwen3_vl,
+    "Qwen3-VL-MoE": qwen3_vl_moe,
     "LLaVA-OneVision": llava_onevision,
     "InternVL": internvl,
     "Llama": llama,
@@ -187,8 +213,7 @@ def write_model(name: str, tiny_model: Path, out: Path) -> Path:
         processor.save_pretrained(out)
         # processor_config.json holds it too, but vLLM looks for a file of its own.
         processor.image_processor.save_pretrained(out)
-    if name == "LLaVA-OneVision":
-        _name_tower_as_published(out / "model.safetensors")
+    _write_as_published(name, out / "model.safetensors")
     return out
 
 
@@ -203,12 +228,20 @@ def _fill(model: PreTrainedModel) -> None:
             module.weight.normal_(std=std * module.weight[0].numel() ** -0.5, generator=generator)
             if module.bias is not None:
                 module.bias.normal_(std=0.1, generator=generator)
+    for name, weight in sorted(model.named_parameters()):
+        if ".experts." in name or name.endswith("mlp.gate.weight"):
+            weight.normal_(std=OUTPUT_STD * weight.shape[-1] ** -0.5, generator=generator)
 
 
-def _name_tower_as_published(weights: Path) -> None:
-    """Transformers 5 writes SigLIP's weights under a shorter name than the checkpoints that vLLM knows."""
-    named = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): weight
-        for name, weight in load_file(weights).items()
-    }
-    save_file(named, weights, metadata={"format": "pt"})
+def _write_as_published(name: str, file: Path) -> None:
+    """Undoes what Transformers 5 writes in another way than the checkpoints that vLLM knows."""
+    weights = load_file(file)
+    if name == "LLaVA-OneVision":
+        weights = {
+            key.replace("vision_tower.", "vision_tower.vision_model."): weights[key] for key in weights
+        }
+    elif name == "Qwen3-VL-MoE":
+        weights = {
+            key: weight.mT.contiguous() if ".experts." in key else weight for key, weight in weights.items()
+        }
+    save_file(weights, file, metadata={"format": "pt"})

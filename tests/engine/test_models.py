@@ -19,6 +19,7 @@ PICTURES = Ask("several pictures", "Compare them.", tuple(picture(224, 168, n) f
 VIDEO = Ask("video", "What happens?", frames=video(8, 5))
 ASKS = {
     "Qwen3-VL": (TEXT, PICTURE, PICTURES, VIDEO),
+    "Qwen3-VL-MoE": (TEXT, PICTURE, PICTURES, VIDEO),
     "LLaVA-OneVision": (TEXT, PICTURE, PICTURES, VIDEO),
     "InternVL": (TEXT, PICTURE, PICTURES),
     "Llama": (TEXT,),
