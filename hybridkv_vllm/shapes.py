@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from hybridkv_vllm.checkpoint import Weights, read_weights
 from hybridkv_vllm.plan import PAGE_TOKENS, Tier
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class ModelShape:
         feed_forward: its inner size, in layers without experts.
         tied: whether the output layer is the input embedding.
         vision: parameters outside of the decoder, vision tower and merger; 0 where they are not known.
-        itemsize: bytes of a weight and of an element of the KV cache.
+        itemsize: bytes of an element of the KV cache, and of a weight that is not quantised.
+        weights: of a local checkpoint; None: as many as the numbers above make.
     """
 
     name: str
@@ -66,6 +68,20 @@ class ModelShape:
     vision: int = 0
     itemsize: int = 2
     experts: Experts | None = None
+    weights: Weights | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        return self.weights.total if self.weights else self.parameters * self.itemsize
+
+    def step_bytes(self, rows: int) -> float:
+        """Bytes of weights that a decode step of `rows` tokens reads."""
+        if self.weights is None:
+            return self.step_parameters(rows) * self.itemsize
+        taken = self.experts.taken(rows) / self.experts.number if self.experts else 1.0
+        output = self.weights.embedding if self.tied else 0
+        return self.weights.decoder + output + taken * self.weights.experts
 
     def step_parameters(self, rows: int) -> float:
         """Parameters that a decode step of `rows` tokens reads: no tower, no separate input embedding."""
@@ -201,7 +217,7 @@ class Workload:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The shape of a local model, from its config.json alone.
+    """The shape of a local model, from its config.json; its weights by their files, where these are there.
 
     Raises:
         ValueError: no config, one without the numbers that are needed, or one of a model that cannot be
@@ -212,9 +228,10 @@ def read_shape(folder: Path) -> ModelShape:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
     text = config.get("text_config") or config.get("llm_config") or config
-    if problem := _problem(config, text):
-        raise ValueError(f"{folder}/config.json: {problem}")
     itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
+    weights = read_weights(folder, itemsize)
+    if problem := _problem(config, text, weights):
+        raise ValueError(f"{folder}/config.json: {problem}")
     try:
         heads = text["num_attention_heads"]
         return ModelShape(
@@ -229,12 +246,13 @@ def read_shape(folder: Path) -> ModelShape:
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             itemsize=itemsize,
             experts=_experts(text),
+            weights=weights,
         )
     except KeyError as error:
         raise ValueError(f"{folder}/config.json says nothing of {error}") from None
 
 
-def _problem(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+def _problem(config: Mapping[str, Any], text: Mapping[str, Any], weights: Weights | None) -> str | None:
     """Why the numbers would be wrong: what the server refuses, and weights of another size."""
     kinds = set(text.get("layer_types") or ()) - FULL_ATTENTION
     if text.get("kv_lora_rank"):
@@ -242,8 +260,8 @@ def _problem(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
     if kinds or (text.get("sliding_window") and text.get("use_sliding_window", True)):
         found = ", ".join(sorted(kinds)) or "sliding windows"
         return f"the model has other layers than full attention ({found}), which HybridKV does not serve"
-    if "quantization_config" in config or "quantization_config" in text:
-        return "the model is quantised, and what its weights take is not known; give the one it was made from"
+    if weights is None and ("quantization_config" in config or "quantization_config" in text):
+        return "the model is quantised, and its weights are not in the folder, whose sizes have to be known"
     if any(isinstance(text.get(name), list) for name in EXPERTS):
         return "the model has experts of several kinds, which are not counted"
     return None

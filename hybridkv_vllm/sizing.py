@@ -75,7 +75,7 @@ ASSUMPTIONS = (
     "a decode step reads the weights and each row's KV pages once, at 0.9 of the data sheet's bandwidth; "
     "compute, launches, sampling and communication between ranks are not counted, so real steps are longer",
     "of a layer's experts those that the rows' tokens take are read, each token taking any of them alike",
-    "of a local model the vision tower is not counted: its config does not tell its size",
+    "a local model's weights are counted in its files; without these its vision tower is not counted",
     "chunks that have to be fetched cross the link after all else: nothing is overlapped",
     f"pictures, then a question of {QUESTION} tokens; all KV heads equally sparse",
     "bytes and requests follow from the engine's own rules for blocks, arenas and landmarks",
@@ -91,7 +91,7 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     kv_heads = max(1, shape.kv_heads // workload.ranks)
     heads = shape.layers * kv_heads
     block_bytes = heads * shape.page_bytes()
-    weights = shape.parameters * shape.itemsize // workload.ranks
+    weights = shape.weight_bytes // workload.ranks
     kv_memory = int(workload.utilization * gpu.memory) - weights - workload.reserved
     if kv_memory < block_bytes:
         raise ValueError(
@@ -109,8 +109,7 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
         batch = fit if workload.batch is None else min(workload.batch, fit)
 
         def step(rows: int) -> float:
-            weights = shape.step_parameters(rows) * shape.itemsize / workload.ranks
-            read = weights + rows * read_pages * shape.page_bytes()
+            read = shape.step_bytes(rows) / workload.ranks + rows * read_pages * shape.page_bytes()
             return read / gpu.bandwidth + rows * fetched_bytes / gpu.link
 
         return Serving(held * block_bytes, fit, host_bytes, batch, step(max(1, batch)), step(1))
