@@ -69,7 +69,7 @@ def embeddings(of: Engine) -> Given:
 
 
 def sampling(of: Engine) -> Given:
-    """Seeded, so that equal logits give equal tokens; all in one batch, of fewer and fewer."""
+    """Seeded, so that equal logits give equal tokens; one batch, which gets smaller."""
     asks = [
         dataclasses.replace(
             PICTURE if number % 2 else TEXT,
@@ -78,7 +78,14 @@ def sampling(of: Engine) -> Given:
         )
         for number, (name, params) in enumerate(SAMPLING.items())
     ]
-    return of.ask(asks)
+    outputs = of.llm.generate(
+        [ask.prompt() for ask in asks], [ask.sampling() for ask in asks], use_tqdm=False
+    )
+    given = {ask.name: answers(output) for ask, output in zip(asks, outputs, strict=True)}
+    # Of the last one's prompt too, but for its first token, which nothing predicts.
+    tokens, places = outputs[-1].prompt_token_ids[1:], outputs[-1].prompt_logprobs[1:]
+    of_prompt = [place[token].logprob for token, place in zip(tokens, places, strict=True)]
+    return {**given, "the prompt itself": [Answer(tuple(tokens), tuple(of_prompt))]}
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
