@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hybridkv_kernels.pages import HEAD_SIZES, MAX_GROUP, supports_head_size
+from hybridkv_kernels.pages import HEAD_SIZES, MAX_CHUNKS, MAX_GROUP, supports_head_size
 
 from hybridkv_vllm.config import ServerOptions, server_options
 from hybridkv_vllm.errors import HybridKVConfigError
@@ -146,8 +146,8 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
     """What in the server's settings stands against HybridKV, each with its remedy."""
     from vllm.platforms import current_platform
 
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    parallel = vllm_config.parallel_config
     if not vllm_config.use_v2_model_runner:
         yield "Model Runner V1 is not supported; unset VLLM_USE_V2_MODEL_RUNNER or set it to 1"
     if vllm_config.kv_transfer_config is not None:
@@ -160,21 +160,25 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
         yield "context parallelism is not supported; remove --prefill-context-parallel-size"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported; remove --speculative-config"
+    if model.enable_sleep_mode:  # Sleeping at level 2 loses what a worker has allocated beside the weights.
+        yield "sleep mode is not supported; remove --enable-sleep-mode"
     if parallel.use_ubatching:
         yield "micro-batching is not supported; remove --enable-dbo and --ubatch-size"
-    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", dtype):
         yield f"KV cache dtype {cache.cache_dtype!r} is not supported; remove --kv-cache-dtype"
     if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
         yield f"block size {cache.block_size} is not supported; remove --block-size or set it to 16"
-    if (
-        options.kernels == "torch"
-        and current_platform.is_cuda()
-        and not vllm_config.model_config.enforce_eager
-    ):
+    if options.kernels == "torch" and current_platform.is_cuda() and not model.enforce_eager:
         yield "option 'kernels' is torch, which CUDA graphs cannot hold; add --enforce-eager or use auto"
     if scheduler.scheduler_cls not in (None, SYNC_SCHEDULER, ASYNC_SCHEDULER):
         yield f"scheduler {scheduler.scheduler_cls!r} is not supported; remove --scheduler-cls"
+    longest = PAGE_TOKENS * (MAX_CHUNKS + 1)
+    if options.recall_tier != "off" and model.max_model_len >= longest:
+        yield (
+            f"heads recall in contexts below {longest:,} tokens only; lower --max-model-len "
+            f"({model.max_model_len}), or set option 'dynamic_tier' to off"
+        )
     # Running decodes come first in a step; what is left must hold a whole observation window.
     needed = options.window + scheduler.max_num_seqs
     room = scheduler.max_num_batched_tokens

@@ -11,6 +11,9 @@ PAGE = 16
 MAX_GROUP = 16
 """Most query heads that may share a KV head."""
 
+MAX_CHUNKS = (1 << 16) - 1
+"""Most chunks of a prompt that a head can recall: `chunk_select` counts them in 16 bits."""
+
 MAX_HEAD_SIZE = 256
 # What the kernels are compiled and tested for.
 HEAD_SIZES = f"16 to {MAX_HEAD_SIZE}, a multiple of 8"

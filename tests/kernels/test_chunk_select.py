@@ -9,6 +9,7 @@ from hybridkv_kernels import PAGE, Backend
 from hybridkv_kernels.chunk_select import chunk_select
 from hybridkv_kernels.chunk_select import triton as fused
 from hybridkv_kernels.extent_decode import DecodeTables
+from hybridkv_kernels.pages import MAX_CHUNKS
 from hybridkv_kernels.recall.layout import LandmarkKind, LandmarkLayout
 from hybridkv_kernels.recall.tables import RecallTables
 from hybridkv_kernels.recall.work import RecallWork
@@ -278,6 +279,16 @@ def test_backends_agree(prompts: list[int], group: int, device: torch.device) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_longest_prompt_whose_chunks_all_weigh_the_same(backend: Backend, device: torch.device) -> None:
+    """Counts are as large as they can be: a few chunks more and 16 bits are full."""
+    layout = LandmarkLayout("sketch", 16, 2)
+    chunks = MAX_CHUNKS - 3  # The case's buffers are for three more.
+    case = recall_case([chunks * PAGE], [[[5]]], [(0, 0)], layout, torch.float16, device, group=1)
+    set_weights(case, 0, {0: torch.zeros(1, chunks)})
+    check(case, 0, backend, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_past_two_billion_elements(backend: Backend, device: torch.device) -> None:
     """Memory that is never touched is never committed, so a pool this large costs nothing on a CPU."""
     layout = LandmarkLayout("sketch", 64, 2)
@@ -346,6 +357,8 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
     case.work = RecallWork.create(50, 3, 3, None, 70, 1, device)
     with pytest.raises(ValueError, match="request slots are more than the buffers' 1"):
         select(case, 0, "torch")
+    with pytest.raises(ValueError, match="65536 chunks are more than 65535"):
+        RecallWork.create(1, 1, 1, None, MAX_CHUNKS + 1, 1, device)
     case.row_slot = case.row_slot.long()
     with pytest.raises(ValueError, match="row_slot"):
         select(case, 0, "torch")

@@ -345,6 +345,25 @@ def test_torch_kernels_under_cuda_graphs(tiny_model: Path, monkeypatch: pytest.M
     startup.configure(engine_config(tiny_model, {"kernels": "torch"}, enforce_eager=True))
 
 
+def test_sleep_mode(tiny_model: Path) -> None:
+    """vLLM itself refuses it on a CPU."""
+    config = engine_config(tiny_model, {})
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(HybridKVConfigError, match="remove --enable-sleep-mode"):
+        startup.configure(config)
+
+
+def test_heads_recall_in_contexts_of_less_than_a_million_tokens(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2**20: the last that fit, one token more, and that again where no head recalls."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    engine_config(tiny_model, {}, max_model_len=2**20 - 1)
+    line = refusal(tiny_model, {}, max_model_len=2**20)
+    assert line.endswith("lower --max-model-len (1048576), or set option 'dynamic_tier' to off")
+    engine_config(tiny_model, {"dynamic_tier": "off"}, max_model_len=2**20)
+
+
 def test_a_model_with_a_state_of_its_own(tiny_model: Path) -> None:
     """Found by a worker: the class is known when the model is built."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pages import group_size, require
+from ..pages import MAX_CHUNKS, group_size, require
 from .landmarks import Landmarks
 from .layout import LandmarkLayout
 
@@ -70,13 +70,14 @@ class RecallWork:
         """Allocate the buffers; without `landmarks` none to score with.
 
         Raises:
-            ValueError: for heads that do not divide, or a size that is not positive.
+            ValueError: for heads that do not divide, a size that is not positive, or more than `MAX_CHUNKS`.
         """
         group = group_size(num_q_heads, num_kv_heads)
         require(
             min(max_rows, max_chunks, slots) >= 1,
             "every size of the recall buffers must be positive",
         )
+        require(max_chunks <= MAX_CHUNKS, f"{max_chunks} chunks are more than {MAX_CHUNKS}")
         items = max_rows * num_kv_heads
         rows, runs, span = members(group), 0, 0
         if landmarks is not None and landmarks.layout.sketch_bits:
