@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,22 +84,31 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
             self._dense = self.dense_backend.get_impl_cls()(
                 num_heads, head_size, self.scale, self.num_kv_heads, None, None, kv_cache_dtype
             )
-        self.tables: RequestTables
-        self._bound = False
+        self._tables: Callable[[], RequestTables | None] = lambda: None
+        self._log: Callable[[], CompressionLog | None] = lambda: None
         self._layer = -1
-        self._log: CompressionLog
 
     def bind(self, tables: RequestTables, layer: int, log: CompressionLog) -> None:
-        """Joins the layer, `layer`-th of this rank, to the worker's tables once the KV cache exists."""
-        self.tables = tables
+        """Joins the layer, `layer`-th of this rank, to the worker's tables once the KV cache exists.
+
+        The model state owns them: a model can outlive its engine, whose KV cache must go with it.
+        """
+        self._tables = weakref.ref(tables)
+        self._log = weakref.ref(log)
         self._layer = layer
-        self._log = log
-        self._bound = True
+
+    @property
+    def tables(self) -> RequestTables:
+        """Of all layers, once the KV cache exists."""
+        tables = self._tables()
+        assert tables is not None, "hybridkv: the KV cache is not there yet, or gone"
+        return tables
 
     def release_pool(self) -> None:
         """Lets go of a KV cache that was bound before, for all layers: they share the tables."""
-        if self._bound:
-            self.tables.pool = self.tables.pool.new_empty(0)
+        tables = self._tables()
+        if tables is not None:
+            tables.pool = tables.pool.new_empty(0)
 
     def do_kv_cache_update(
         self,
@@ -109,14 +120,14 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
     ) -> None:
         """Writes the step's keys and values `[N, H, D]` into their pages."""
         del layer, kv_cache
-        num_tokens = slot_mapping.shape[0]
+        tables, num_tokens = self.tables, slot_mapping.shape[0]
         cache_write(
             key[:num_tokens],
             value[:num_tokens],
-            self.tables.pool,
+            tables.pool,
             slot_mapping,
             self._layer,
-            self.tables.shape.num_layers,
+            tables.shape.num_layers,
             backend=self.kernel_backend,
         )
 
@@ -177,5 +188,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
         for prefill_end in attn_metadata.prefill_ends:
             prefill_end.score(query, self._layer, self.scale)
             if self._layer == tables.shape.num_layers - 1:
-                self._log.record(prefill_end.compress())
+                log = self._log()
+                assert log is not None
+                log.record(prefill_end.compress())
         return output

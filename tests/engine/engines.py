@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -171,6 +172,11 @@ class Engine:
 
         self.scheduler._preempt_request = count_preemption
 
+    def shut_down(self) -> None:
+        """Lets go of everything, so that a test that still holds this engine holds no memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.scheduler
+
     @property
     def pool(self) -> BlockPool:
         return self.scheduler.kv_cache_manager.block_pool
@@ -226,19 +232,21 @@ def engine(
     if options is not None:
         arguments["attention_backend"] = "hybridkv"
         arguments["additional_config"] = {"hybridkv": {"min_prompt_tokens": 16, **options}}
-    # vLLM collects garbage several times while it starts: not among what all of its modules are made of.
+    # vLLM collects garbage whenever it starts and ends: not among what all of its modules are made of, which
+    # it would thaw.
     gc.freeze()
-    llm = LLM(str(model), **arguments)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield Engine(llm)
-    finally:
-        torch.set_num_threads(before)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        torch._dynamo.reset()
+    with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"):
+        started = Engine(LLM(str(model), **arguments))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            yield started
+        finally:
+            torch.set_num_threads(before)
+            started.shut_down()
+            cleanup_dist_env_and_memory()
+            torch._dynamo.reset()
+    gc.unfreeze()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo traces the model, as on a GPU; elsewhere the CPU harness saves the seconds that it takes."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_answers_equal_stock_vllm(
     settings: dict[str, Any], tiny_model: Path, stock_answers: dict[str, list[Answer]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -477,6 +478,18 @@ def test_the_budget_counts_all_that_stays(tiny_model: Path, tmp_path: Path) -> N
         f"pool: {max(held)} of {full} blocks, {full / max(held):.2f}x; the paper's nominal 10% held "
         f"{PAPER_SHARE:.1%}, {1 / PAPER_SHARE:.2f}x"
     )
+
+
+def test_an_engine_that_has_ended_leaves_no_memory_behind(tiny_model: Path) -> None:
+    """Though its model lives on, as vLLM's does where Dynamo has a hook in it."""
+    with recalling(tiny_model) as ours:
+        ours.ask(picture_asks(1))
+        runner = ours.core.model_executor.driver_worker.worker.model_runner
+        model, tables = runner.model, runner.model_state._tables
+        gone = [weakref.ref(part) for part in (tables, tables.pool, tables.recall, tables.recall.tier)]
+        del runner, tables
+    assert next(model.parameters()).numel()
+    assert [part() for part in gone] == [None] * len(gone)
 
 
 def test_a_prompt_of_text_alone_sets_nothing_aside(tiny_model: Path) -> None:

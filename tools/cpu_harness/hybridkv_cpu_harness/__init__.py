@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "VLLM_CPU_CI_ENV": "1",
     # Nothing is compiled ahead of time then, yet a key of the whole configuration is made in every step.
     "VLLM_USE_AOT_COMPILE": "0",
+    # Nor is a model traced, seconds at each start, only for the trace to run one operation after another.
+    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
