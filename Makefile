@@ -11,16 +11,17 @@ setup:
 demo: setup
 	@$(RUN) -m hybridkv_vllm.demo
 
-# Of quick tests each file takes a core. So does each file of engines, but on a GPU, where one takes the whole card.
-# Servers want the machine for themselves.
-ENGINES := $(if $(shell command -v nvidia-smi),1,auto)
+# Each file of tests takes a core, in the order in which they are found: long files are not left for the end. On a
+# GPU one of engines takes the whole card, and servers want it without the engines' process.
+CORES := -n auto --dist loadfile --no-loadscope-reorder
+ENGINES := $(if $(shell command -v nvidia-smi),-n 1,$(CORES))
 
 test: lint test-fast
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not alone" -n $(ENGINES) --dist loadfile
-	$(RUN) -m pytest -m "slow and alone"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not server" $(ENGINES)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and server" $(ENGINES)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(CORES)
 
 lint: setup
 	$(VENV)/bin/ruff check .

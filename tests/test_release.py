@@ -29,7 +29,7 @@ from doc_pages import ROOT, read
 from hybridkv_vllm import __version__
 from hybridkv_vllm.server import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]

@@ -16,7 +16,7 @@ OPTIONS = "--budget 0.25 --host-pool-gib 0.25"
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["engines.py", *SMALL.split(), *OPTIONS.split(), "--dynamic-tiers", "host"]
     machine = tmp_path / "results" / "small"

@@ -131,7 +131,7 @@ def test_arguments_that_cannot_be_read(
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_a_server_that_does_not_start_is_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_server_that_does_not_start_is_exit_code_1(
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_more_requests_run_at_once_in_the_same_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,7 @@ def test_batches_are_whole_contexts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_a_real_server_is_asked_and_its_memory_told(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,11 +206,10 @@ def test_a_real_server_is_asked_and_its_memory_told(
         "--limit-mm-per-prompt.image",
         "2",
     ]
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     out = tmp_path / "out"
     given = ["eval", "--out", str(out), "--samples", str(questions), "--format", "jsonl"]
     given += ["--budgets", "0.25,1.0", "--concurrency", "2", "--kv-bytes-per-token", "2048"]
-    with serve(tiny_model, options, tmp_path / "log", environment=environment) as server:
+    with serve(tiny_model, options, tmp_path / "log") as server:
         assert main([*given, "--url", server.url + "/v1", "--served-model", "huge"]) == 2
         assert "the server has tiny" in capsys.readouterr().err
         assert main([*given, "--url", server.url + "/v1"]) == 0

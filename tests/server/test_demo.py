@@ -8,7 +8,7 @@ from hybridkv_vllm import demo
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_the_demo_answers_right_and_shows_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main() == 0
     printed = capsys.readouterr().out

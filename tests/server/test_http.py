@@ -34,7 +34,7 @@ from hybridkv_vllm.policies import recall_limits
 from hybridkv_vllm.server import Server, ServerFailed, serve
 from hybridkv_vllm.tiny_model import sample_picture
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 MODEL = "tiny"
 BUDGET = 0.25
@@ -75,8 +75,10 @@ ARGUMENTS = (
     "--structured-outputs-config.disable_any_whitespace",
     "true",
 )
-# As on a user's machine; tests/conftest.py sets other values for engines in the tests' own process.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+# As on a user's machine; tests/conftest.py sets another level for engines in the tests' own process.
+LOGGING = {"VLLM_LOGGING_LEVEL": "INFO"}
+# On a CPU this gives the worker a process of its own, as with several GPUs.
+ENVIRONMENT = {**LOGGING, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 QUESTION = "Who is in the picture, and what does she wear?"
 REFUSED = [
     ({"hybridkv_budget": 0}, "option 'hybridkv_budget' is 0: input should be greater than 0"),
@@ -708,7 +710,7 @@ def test_engines_and_api_servers_count_together_also_without_the_routes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """Two engines of a data-parallel server, each asked by name, behind two API servers."""
-    environment = {**ENVIRONMENT, "VLLM_PLUGINS": "hybridkv"}
+    environment = {**LOGGING, "VLLM_PLUGINS": "hybridkv"}
     # Several API servers share vLLM's own directory of counters: another way for ours to /metrics.
     arguments = (*ARGUMENTS, "--api-server-count", "2", "--data-parallel-size", "2")
     with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:

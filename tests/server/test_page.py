@@ -487,8 +487,8 @@ ARGUMENTS = (
     *("--max-model-len", "1024", "--max-num-batched-tokens", "1024", "--max-num-seqs", "2"),
     *("--num-gpu-blocks-override", str(SERVED_BLOCKS), "--api-key", KEY),
 )
-# As on a user's machine; tests/conftest.py sets other values for engines in the tests' own process.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+# As on a user's machine; tests/conftest.py sets another level for engines in the tests' own process.
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "INFO"}
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 FIGURE_ROUTES = ("/hybridkv/stats", "/hybridkv/requests", "/hybridkv/heads")
 QUESTIONS = 5
@@ -531,7 +531,7 @@ def read_lines(server: Server, name: str, enough: threading.Event, max_tokens: i
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.server
 def test_over_a_server_with_a_key_under_load(server: Server, open_tab: OpenTab) -> None:
     # vLLM guards its own routes by prefix; the figures guard themselves.
     for path in ("/v1/models", *FIGURE_ROUTES):
