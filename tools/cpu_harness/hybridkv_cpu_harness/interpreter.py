@@ -10,6 +10,10 @@ def adapt(interpreter: ModuleType) -> None:
     """Changes `triton.runtime.interpreter`, right after its import."""
     _take_wide_masks(interpreter.InterpreterBuilder)
     _leave_out_overflow_checks(interpreter.interpreter_builder)
+    core = interpreter.tl.core
+    core._unwrap_if_constexpr = _unwrap_by_type(core)
+    _share_shapes(core)
+    interpreter._patch_attr = _call_at_once(interpreter)
     interpreter._patch_lang_core = _count_in_scalars(interpreter._patch_lang_core, interpreter.tl)
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     interpreter._patch_lang = _remember(interpreter._patch_lang, interpreter)
@@ -24,11 +28,11 @@ def _take_wide_masks(builder: Any) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
+        mask.data = mask.data.astype(bool, copy=False)
         return load(self, ptrs, mask, *rest)
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
+        mask.data = mask.data.astype(bool, copy=False)
         return store(self, ptrs, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
@@ -55,6 +59,71 @@ def _count_in_scalars(patch_lang_core: Callable[[Any, Any], None], tl: Any) -> C
 def _leave_out_overflow_checks(builder: Any) -> None:
     """Does integer operations once, not once more in 64 bits for a check that reports in debug mode only."""
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _unwrap_by_type(core: Any) -> Callable[[Any], Any]:
+    """Takes most values as they are after one look: every argument of every operation passes through."""
+    unwrap = core._unwrap_if_constexpr
+    as_they_are = {
+        core.tensor,
+        core.dtype,
+        core.block_type,
+        core.pointer_type,
+        int,
+        float,
+        bool,
+        str,
+        type(None),
+    }
+
+    def unwrap_by_type(value: Any) -> Any:
+        return value if type(value) in as_they_are else unwrap(value)
+
+    return unwrap_by_type
+
+
+def _share_shapes(core: Any) -> None:
+    """Checks and wraps each shape once, not anew for every value that has it."""
+    known: dict[tuple[int, ...], tuple[Any, Any, str]] = {}
+    of_values: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = tuple(map(core._unwrap_if_constexpr, shape))
+        if key not in known or {*map(type, key)} != {int}:
+            make_type(self, element_ty, shape)
+            known[key] = self.shape, self.numel, f"<{self.shape}, "
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, name = known[key]
+        self.name = f"{name}{element_ty}>"
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in of_values:
+            make_tensor(self, handle, type)
+            of_values[key] = self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_values[key]
+
+    core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
+
+
+def _call_at_once(interpreter: ModuleType) -> Callable[..., None]:
+    """Calls a function of the language itself, not by way of the check that a kernel is what calls it."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    return patch_attr
 
 
 def _by_name(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
