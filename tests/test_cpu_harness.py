@@ -51,6 +51,22 @@ def test_kernels_and_their_functions_run_again_and_again(monkeypatch: pytest.Mon
         assert _run([1, 2, 3, 4], add) == [2, 4, 6 + add, 8 + add]
 
 
+def test_shapes_seen_before_are_the_same_and_others_are_still_checked() -> None:
+    for _ in range(2):
+        for sizes in ([2, 8], [tl.constexpr(2), tl.constexpr(8)], tl.tuple([2, 8])):
+            made = tl.block_type(tl.int64, sizes)
+            assert (made.numel, tuple(made.shape), str(made)) == (16, (2, 8), "<['2', '8'], int64>")
+            assert made.with_element_ty(tl.int8) == tl.block_type(tl.int8, [2, 8]) != made
+            value = tl.tensor(None, made)
+            assert (value.numel.value, [size.value for size in value.shape]) == (16, [2, 8])
+            assert (value.type, value.dtype) == (made, tl.int64)
+        for sizes, error in (([2.0, 8], TypeError), ([2, 6], ValueError), ([], TypeError)):
+            with pytest.raises(error):
+                tl.block_type(tl.int64, sizes)
+    scalar = tl.tensor(None, tl.int32)
+    assert (scalar.numel.value, len(scalar.shape), scalar.dtype) == (1, 0, tl.int32)
+
+
 def test_a_kernel_leaves_the_language_as_it_was() -> None:
     """After a run that ended well, and after one that did not."""
     before = _language()
