@@ -20,11 +20,14 @@ from engines import (
     picture,
     schedule_asynchronously,
 )
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+from vllm.v1.core.kv_cache_utils import ExternalBlockHash, get_block_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from hybridkv_vllm.observe.metrics import read_samples
-from hybridkv_vllm.plan import arena_blocks, ceil_pages
+from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, ceil_pages
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +44,12 @@ def compressible_asks() -> list[Ask]:
 def count(name: str) -> float:
     """A counter's value, over all its labels."""
     return sum(sample.value for sample in read_samples() if sample.name == name)
+
+
+def pages(tokens: Sequence[int]) -> set[tuple[int, ...]]:
+    """The tokens of each full block."""
+    full = len(tokens) // PAGE_TOKENS * PAGE_TOKENS
+    return {tuple(tokens[start : start + PAGE_TOKENS]) for start in range(0, full, PAGE_TOKENS)}
 
 
 def answers_in_turn(ours: Engine, asks: Sequence[Ask]) -> dict[str, list[Answer]]:
@@ -207,3 +216,31 @@ def test_a_second_turn_hits_exact_blocks_only(tiny_model: Path) -> None:
     with engine(tiny_model, options=QUARTER, enable_prefix_caching=False) as ours:
         (fresh,) = ours.llm.generate([{"prompt_token_ids": turn}], [first.sampling()], use_tqdm=False)
     assert second.outputs[0].token_ids == fresh.outputs[0].token_ids
+
+
+def test_what_routers_hear_of_the_prefix_cache_is_there(tiny_model: Path) -> None:
+    """`--kv-events-config` publishes prompts, no answer (it is approximate), and no block that has gone."""
+    heard: set[ExternalBlockHash] = set()
+    published: set[tuple[int, ...]] = set()
+
+    def hear(batch: KVEventBatch) -> None:
+        for event in batch.events:
+            if isinstance(event, BlockStored):
+                heard.update(event.block_hashes)
+                published.update(pages(event.token_ids))
+            elif isinstance(event, BlockRemoved):
+                heard.difference_update(event.block_hashes)
+
+    settings = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}
+    with engine(
+        tiny_model, options=QUARTER, num_gpu_blocks_override=36, max_model_len=400, **settings
+    ) as ours:
+        ours.scheduler.kv_event_publisher.publish = hear
+        asks = crowd()
+        outputs = ours.llm.generate(
+            [ask.prompt() for ask in asks], [ask.sampling() for ask in asks], use_tqdm=False
+        )
+        cached = {block.block_hash for block in ours.pool.blocks if block.block_hash is not None}
+        assert ours.preemptions > 0
+        assert heard <= {maybe_convert_block_hash(get_block_hash(key)) for key in cached}
+    assert published == {page for output in outputs for page in pages(output.prompt_token_ids)}
