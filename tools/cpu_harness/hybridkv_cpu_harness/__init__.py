@@ -1,5 +1,7 @@
 """Prepares every Python process of a CPU-only environment for vLLM (loaded by a .pth file; keep it light)."""
 
+import gc
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -51,15 +53,16 @@ class TorchvisionSchemas(importlib.abc.MetaPathFinder):
         return None
 
 
-class Interpreter(importlib.abc.MetaPathFinder):
-    """Adapts Triton's interpreter (see `interpreter.py`) once its module is imported."""
+class AdaptedAfterImport(importlib.abc.MetaPathFinder):
+    """Adapts a module once it is imported: `adapter` is the module whose `adapt` does it."""
 
-    NAME = "triton.runtime.interpreter"
+    def __init__(self, name: str, adapter: str) -> None:
+        self._name, self._adapter = name, adapter
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.NAME:
+        if fullname != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -67,10 +70,8 @@ class Interpreter(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                from hybridkv_cpu_harness.interpreter import adapt
-
                 execute(module)
-                adapt(module)
+                importlib.import_module(self._adapter).adapt(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -78,4 +79,11 @@ class Interpreter(importlib.abc.MetaPathFinder):
 
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-sys.meta_path[:0] = [TorchvisionSchemas(), Interpreter()]
+# Importing vLLM makes millions of objects that stay: by default a fifth of its time goes into looking for
+# garbage among them.
+gc.set_threshold(100_000, 50, 100)
+sys.meta_path[:0] = [
+    TorchvisionSchemas(),
+    AdaptedAfterImport("triton.runtime.interpreter", "hybridkv_cpu_harness.interpreter"),
+    AdaptedAfterImport("vllm.model_executor.layers.utils", "hybridkv_cpu_harness.matmul"),
+]
