@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def _tiny_model(args: argparse.Namespace) -> int:
 
     try:
         folder = write_tiny_model(args.out, seed=args.seed, force=args.force)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         print(f"hybridkv: {error}", file=sys.stderr)
         return exit_codes.USAGE
     except OSError as error:
@@ -61,6 +62,8 @@ def _plan(args: argparse.Namespace) -> int:
             raise ValueError(f"--model {args.model} is no local folder, and none of {known}")
         if args.gpu not in shapes.GPUS:
             raise ValueError(f"--gpu {args.gpu} is none of {', '.join(shapes.GPUS)}")
+        if args.host_pool_gib is not None and not 0 < args.host_pool_gib < math.inf:
+            raise ValueError(f"--host-pool-gib must be a number above 0, got {args.host_pool_gib}")
         shape = shapes.MODELS.get(args.model) or shapes.read_shape(folder)
         workload = shapes.Workload(
             context=args.context,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -109,32 +110,75 @@ def _patch_request_check() -> None:
     processor, which would cost every sampling step. `AsyncLLM.generate` gets there only once its first
     output is awaited, when a streamed answer has sent its status 200; so its call is checked too.
     """
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
-
-    def check(vllm_config: VllmConfig, params: Any) -> None:
-        if isinstance(params, SamplingParams) and is_selected(vllm_config):
-            try:
-                parse_request_options(params.extra_args)
-            except ValueError as error:
-                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
     validate, generate = InputProcessor._validate_params, AsyncLLM.generate
 
     @functools.wraps(validate)
     def checked_validate(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self.vllm_config, params)
+        _check_options(self.vllm_config, params)
         return validate(self, params, *args, **kwargs)
 
     @functools.wraps(generate)
     def checked_generate(self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self.vllm_config, sampling_params)
+        _check_request(self, prompt, sampling_params)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     InputProcessor._validate_params = checked_validate
     AsyncLLM.generate = checked_generate
+
+
+def _check_options(vllm_config: VllmConfig, params: Any) -> None:
+    """Raises vLLM's own error, HTTP 400, where `vllm_xargs` hold a bad option of ours."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    if isinstance(params, SamplingParams) and is_selected(vllm_config):
+        try:
+            parse_request_options(params.extra_args)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+def _check_request(engine: Any, prompt: Any, params: Any) -> None:
+    """The same check of a rendered prompt; the API process forgets the pictures of one that is refused.
+
+    Its cache believes by now that the engine has them: the next request with such a picture would send none,
+    and be answered with HTTP 500 (read in vLLM 0.32, `MultiModalCacheMissError`).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        _check_options(engine.vllm_config, params)
+    except VLLMValidationError:
+        cache = engine.renderer.mm_processor_cache
+        if cache is not None and isinstance(prompt, Mapping):
+            for hashes in (prompt.get("mm_hashes") or {}).values():
+                for mm_hash in hashes:
+                    cache.invalidate(mm_hash)
+        raise
+
+
+@functools.cache
+def install_server_hooks() -> None:
+    """Checks options where the Responses API builds its stream; called when the routes are added.
+
+    It calls `AsyncLLM.generate` only once the stream is read (read in vLLM 0.32). Not in `register`: the API
+    server's modules must not be imported in other processes.
+    """
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    generate = OpenAIServingResponses._generate_with_builtin_tools
+
+    @functools.wraps(generate)
+    def checked(
+        self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_request(self.engine_client, engine_input, sampling_params)
+        return generate(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+    OpenAIServingResponses._generate_with_builtin_tools = checked
 
 
 def _report_refusals_in_one_line() -> None:

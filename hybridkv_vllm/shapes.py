@@ -227,22 +227,24 @@ def read_shape(folder: Path) -> ModelShape:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json is no JSON object")
     text = config.get("text_config") or config.get("llm_config") or config
     itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
     weights = read_weights(folder, itemsize)
     if problem := _problem(config, text, weights):
         raise ValueError(f"{folder}/config.json: {problem}")
     try:
-        heads = text["num_attention_heads"]
+        heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
         return ModelShape(
             name=str(folder),
-            layers=text["num_hidden_layers"],
-            hidden=text["hidden_size"],
+            layers=_size(text, "num_hidden_layers"),
+            hidden=hidden,
             query_heads=heads,
-            kv_heads=text.get("num_key_value_heads", heads),
-            head_size=text.get("head_dim") or text["hidden_size"] // heads,
-            feed_forward=text["intermediate_size"],
-            vocabulary=text["vocab_size"],
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_size=text.get("head_dim") or hidden // heads,
+            feed_forward=_size(text, "intermediate_size"),
+            vocabulary=_size(text, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             itemsize=itemsize,
             experts=_experts(text),
@@ -250,6 +252,13 @@ def read_shape(folder: Path) -> ModelShape:
         )
     except KeyError as error:
         raise ValueError(f"{folder}/config.json says nothing of {error}") from None
+
+
+def _size(text: Mapping[str, Any], name: str) -> int:
+    size = text[name]
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
+    return size
 
 
 def _problem(config: Mapping[str, Any], text: Mapping[str, Any], weights: Weights | None) -> str | None:

@@ -86,9 +86,16 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     """What a model takes on a card.
 
     Raises:
-        ValueError: the weights do not fit, or a number that the engine could not work with either.
+        ValueError: the weights do not fit, heads cannot be divided among ranks, or another number that the
+            engine could not work with either.
     """
-    kv_heads = max(1, shape.kv_heads // workload.ranks)
+    ranks = workload.ranks
+    if shape.query_heads % ranks or (shape.kv_heads % ranks and ranks % shape.kv_heads):
+        raise ValueError(
+            f"{shape.query_heads} query heads and {shape.kv_heads} KV heads of {shape.name} cannot be "
+            f"divided among {ranks} ranks"
+        )
+    kv_heads = max(1, shape.kv_heads // ranks)
     heads = shape.layers * kv_heads
     block_bytes = heads * shape.page_bytes()
     weights = shape.weight_bytes // workload.ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from hybridkv_kernels.pages import HEAD_SIZES, MAX_CHUNKS, MAX_GROUP, supports_head_size
 
@@ -144,6 +144,7 @@ def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
 
 def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterator[str]:
     """What in the server's settings stands against HybridKV, each with its remedy."""
+    from vllm.config.cache import CacheDType
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -165,8 +166,14 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
     if parallel.use_ubatching:
         yield "micro-batching is not supported; remove --enable-dbo and --ubatch-size"
     dtype = str(model.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", dtype):
-        yield f"KV cache dtype {cache.cache_dtype!r} is not supported; remove --kv-cache-dtype"
+    # vLLM's layers read the checkpoint's scheme, after this check.
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    kv_dtype = "fp8" if scheme and cache.cache_dtype == "auto" else cache.cache_dtype
+    if kv_dtype not in ("auto", dtype):
+        remedy = f"set --kv-cache-dtype {dtype}"
+        if dtype not in get_args(CacheDType):
+            remedy = "remove --kv-cache-dtype, or set it and --dtype to bfloat16 where the checkpoint asks"
+        yield f"KV cache dtype {kv_dtype!r} is not supported; {remedy}"
     if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
         yield f"block size {cache.block_size} is not supported; remove --block-size or set it to 16"
     if options.kernels == "torch" and current_platform.is_cuda() and not model.enforce_eager:

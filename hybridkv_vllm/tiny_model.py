@@ -150,10 +150,12 @@ def write_tiny_model(out: Path, *, seed: int = 0, layers: int = 4, force: bool =
 
     Raises:
         FileExistsError: `out` is a file, or holds something other than a tiny model and `force` is off.
-        ValueError: `layers` is not positive.
+        ValueError: `layers` is not positive, or `seed` has more than 64 bits.
     """
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
     _prepare_folder(out, force)
     tokenizer = _train_tokenizer()
     model = _build_model(_config(tokenizer, layers), tokenizer, seed)

@@ -190,6 +190,8 @@ def test_what_fails_or_is_stopped_is_exit_code_1(
     (tmp_path / "file").touch()
     assert main(["tiny-model", "--out", str(tmp_path / "file" / "tiny")]) == exit_codes.PROBLEM
     assert "cannot be written" in capsys.readouterr().err
+    assert main(["tiny-model", "--out", str(tmp_path), "--seed", str(2**63)]) == exit_codes.USAGE
+    assert "seed must fit into 64 bits" in capsys.readouterr().err
 
     def stop(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt

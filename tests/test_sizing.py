@@ -191,6 +191,8 @@ def test_experts_are_found_under_their_names(
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"num_experts": [64, 64]}, "experts of several kinds"),
         ({"num_experts": 8}, "says nothing of 'num_experts_per_tok'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number above 0, got 0"),
+        ({"hidden_size": None}, "hidden_size must be a whole number above 0, got None"),
     ],
 )
 def test_a_model_whose_numbers_would_be_wrong_is_refused(
@@ -200,6 +202,18 @@ def test_a_model_whose_numbers_would_be_wrong_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {**COMMON, **more}}))
     with pytest.raises(ValueError, match=says):
         read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"'])
+def test_a_config_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        read_shape(tmp_path)
+
+
+def test_without_a_number_of_kv_heads_each_query_head_has_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, "num_key_value_heads": None}))
+    assert read_shape(tmp_path).kv_heads == COMMON["num_attention_heads"]
 
 
 def test_a_window_that_is_switched_off_is_none(tmp_path: Path) -> None:
@@ -231,6 +245,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> No
         (["--model", SEVEN_B.name, "--batch", "0"], "batch must be at least 1"),
         (["--model", "Qwen/Qwen2.5-VL-72B-Instruct"], "use more ranks"),
         (["--model", SEVEN_B.name, "--gpu", "tpu"], "--gpu tpu is none of"),
+        (["--model", SEVEN_B.name, "--host-pool-gib", "inf"], "--host-pool-gib must be a number above 0"),
+        (["--model", SEVEN_B.name, "--host-pool-gib", "-1"], "--host-pool-gib must be a number above 0"),
+        # vLLM divides neither 28 query heads among 3 ranks, nor 4 KV heads among 7.
+        (["--model", SEVEN_B.name, "--tensor-parallel-size", "3"], "cannot be divided among 3 ranks"),
+        (["--model", SEVEN_B.name, "--tensor-parallel-size", "7"], "cannot be divided among 7 ranks"),
     ],
 )
 def test_wrong_arguments_are_refused(

@@ -66,6 +66,7 @@ REQUESTS = """\
 ## Options of a request
 
 In the OpenAI body, under `vllm_xargs`. A bad one is HTTP 400, and the server goes on.
+vLLM drops `vllm_xargs` where `use_beam_search` is on: the server's options hold there.
 
 <!-- not run: needs a server with MODEL; tests/server/test_http.py sends such requests -->
 

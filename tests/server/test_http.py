@@ -320,10 +320,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15) -> bool:
     return True
 
 
-def picture_url() -> str:
-    """The real photograph, as a data URL."""
+def picture_url(width: int | None = None) -> str:
+    """The real photograph, or its left part, as a data URL."""
     png = io.BytesIO()
-    sample_picture().save(png, format="PNG")
+    photograph = sample_picture()
+    photograph.crop((0, 0, width or photograph.width, photograph.height)).save(png, format="PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
@@ -471,8 +472,35 @@ def test_bad_options_are_http_400(
     )
     assert streamed.status_code == httpx.codes.BAD_REQUEST
     assert message in streamed.json()["error"]["message"]
+    streamed = httpx.post(
+        server.url + "/v1/responses",
+        timeout=60,
+        json={"model": MODEL, "input": "Hi", "vllm_xargs": xargs, "stream": True},
+    )
+    assert streamed.status_code == httpx.codes.BAD_REQUEST
+    assert message in streamed.json()["error"]["message"]
     # The server goes on.
     assert ask(client, max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "messages", "kind", "value", "text"),
+    [
+        ("chat/completions", "messages", "image_url", {"url": picture_url(width=364)}, "text"),
+        ("responses", "input", "input_image", picture_url(width=336), "input_text"),
+    ],
+    ids=["chat", "responses"],
+)
+def test_a_picture_that_came_with_bad_options_is_no_loss(
+    server: Server, endpoint: str, messages: str, kind: str, value: Any, text: str
+) -> None:
+    """It had been prepared when the request was refused, and never reached the engine."""
+    content = [{"type": kind, "image_url": value}, {"type": text, "text": QUESTION}]
+    body = {"model": MODEL, messages: [{"role": "user", "content": content}]}
+    for budget, status in ((7, httpx.codes.BAD_REQUEST), (0.5, httpx.codes.OK)):
+        asked = {**body, "vllm_xargs": {"hybridkv_budget": budget}}
+        answer = httpx.post(f"{server.url}/v1/{endpoint}", json=asked, timeout=60)
+        assert answer.status_code == status, answer.text
 
 
 def test_options_of_others_are_left_alone(client: OpenAI) -> None:

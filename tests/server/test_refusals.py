@@ -308,7 +308,10 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
         ({"prefill_context_parallel_size": 2}, "remove --prefill-context-parallel-size"),
         ({"speculative_config": SPECULATION}, "remove --speculative-config"),
         ({"block_size": 32}, "remove --block-size or set it to 16"),
-        ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype"),
+        (
+            {"kv_cache_dtype": "fp8"},
+            "remove --kv-cache-dtype, or set it and --dtype to bfloat16 where the checkpoint asks",
+        ),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
         (
             {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64},
@@ -318,7 +321,7 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
             {"max_num_seqs": 8, "max_num_scheduled_tokens": 48},
             "of at least 72, not 48; raise it, or lower one of them",
         ),
-        ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "remove --kv-cache-dtype"),
+        ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "set --kv-cache-dtype bfloat16"),
         (
             {"long_prefill_token_threshold": 32},
             "-token-threshold (32) is below option 'window' (64); raise it, or lower the window",
@@ -329,6 +332,31 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
 )
 def test_settings_that_cannot_be_served(tiny_model: Path, settings: dict[str, Any], remedy: str) -> None:
     assert refusal(tiny_model, {}, **settings).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "ignore": []},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        },
+    ],
+    ids=lambda value: value["quant_method"],
+)
+def test_a_checkpoint_that_asks_for_another_kv_cache(tmp_path: Path, quantization: dict[str, Any]) -> None:
+    """Nobody has set the flag: the remedy is to set it."""
+    folder = model_folder(tmp_path, "plain")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    line = refusal(folder, {}, dtype="bfloat16")
+    assert "KV cache dtype 'fp8" in line
+    assert line.endswith("set --kv-cache-dtype bfloat16")
+    engine_config(folder, {}, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
 def test_micro_batching(tmp_path: Path) -> None:
