@@ -1,4 +1,4 @@
-"""What the CPU environment changes in Triton's interpreter: kernels compute the same, in less time."""
+"""What the CPU environment changes in Triton's interpreter and in vLLM: the same results, in less time."""
 
 from __future__ import annotations
 
@@ -105,3 +105,22 @@ def test_a_loop_counts_in_numbers_with_a_type() -> None:
     _sum_up_to[(1,)](target, 3)
     assert target.item() == 1 + 4
     assert _language() == before
+
+
+def test_bf16_products_are_summed_in_float32_and_rounded_once() -> None:
+    """Whatever arithmetic the CPU has; other types go vLLM's way."""
+    from vllm.model_executor.layers import utils
+
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.cpu_linear = torch.nn.functional.linear
+    for bias in (torch.randn(48), None):
+        x, weight = torch.randn(5, 7, 64), torch.randn(48, 64)
+        assert torch.equal(
+            utils.cpu_unquantized_gemm(layer, x, weight, bias), layer.cpu_linear(x, weight, bias)
+        )
+        narrow = [None if value is None else value.bfloat16() for value in (x, weight, bias)]
+        found = utils.cpu_unquantized_gemm(layer, *narrow)
+        assert found.dtype == torch.bfloat16
+        exact = layer.cpu_linear(*(None if value is None else value.double() for value in narrow))
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
