@@ -98,7 +98,7 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     kv_heads = max(1, shape.kv_heads // ranks)
     heads = shape.layers * kv_heads
     block_bytes = heads * shape.page_bytes()
-    weights = shape.weight_bytes // workload.ranks
+    weights = shape.weight_bytes // ranks
     kv_memory = int(workload.utilization * gpu.memory) - weights - workload.reserved
     if kv_memory < block_bytes:
         raise ValueError(
@@ -116,7 +116,7 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
         batch = fit if workload.batch is None else min(workload.batch, fit)
 
         def step(rows: int) -> float:
-            read = shape.step_bytes(rows) / workload.ranks + rows * read_pages * shape.page_bytes()
+            read = shape.step_bytes(rows) / ranks + rows * read_pages * shape.page_bytes()
             return read / gpu.bandwidth + rows * fetched_bytes / gpu.link
 
         return Serving(held * block_bytes, fit, host_bytes, batch, step(max(1, batch)), step(1))
