@@ -241,8 +241,8 @@ def read_shape(folder: Path) -> ModelShape:
             layers=_size(text, "num_hidden_layers"),
             hidden=hidden,
             query_heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
-            head_size=text.get("head_dim") or hidden // heads,
+            kv_heads=_size(text, "num_key_value_heads", heads),
+            head_size=_size(text, "head_dim", hidden // heads),
             feed_forward=_size(text, "intermediate_size"),
             vocabulary=_size(text, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
@@ -252,10 +252,13 @@ def read_shape(folder: Path) -> ModelShape:
         )
     except KeyError as error:
         raise ValueError(f"{folder}/config.json says nothing of {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
 
 
-def _size(text: Mapping[str, Any], name: str) -> int:
-    size = text[name]
+def _size(text: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
+    """A number of the configuration, or `otherwise` where it is absent, null or 0."""
+    size = text[name] if otherwise is None else text.get(name) or otherwise
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
     return size
@@ -278,12 +281,12 @@ def _problem(config: Mapping[str, Any], text: Mapping[str, Any], weights: Weight
 
 def _experts(text: Mapping[str, Any]) -> Experts | None:
     """The experts of a configuration, by the names that published models have for them."""
-    number = next((text[name] for name in EXPERTS if text.get(name)), 0)
+    number = next((_size(text, name) for name in EXPERTS if text.get(name)), 0)
     if not number:
         return None
-    size = text.get("moe_intermediate_size") or text["intermediate_size"]
+    size = _size(text, "moe_intermediate_size", text["intermediate_size"])
     shared = text.get("shared_expert_intermediate_size") or size * (text.get("n_shared_experts") or 0)
     layers, every = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
     first, named = text.get("first_k_dense_replace") or 0, text.get("mlp_only_layers") or ()
     dense = [layer for layer in range(layers) if layer < first or layer in named or (layer + 1) % every]
-    return Experts(number, text["num_experts_per_tok"], size, shared, len(dense))
+    return Experts(number, _size(text, "num_experts_per_tok"), size, shared, len(dense))

@@ -191,7 +191,10 @@ def test_experts_are_found_under_their_names(
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"num_experts": [64, 64]}, "experts of several kinds"),
         ({"num_experts": 8}, "says nothing of 'num_experts_per_tok'"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number above 0, got 0"),
+        ({"num_experts": "8"}, "json: num_experts must be a whole number above 0, got '8'"),
+        ({"num_attention_heads": 0}, "json: num_attention_heads must be a whole number above 0, got 0"),
+        ({"num_key_value_heads": "8"}, "json: num_key_value_heads must be a whole number above 0, got '8'"),
+        ({"head_dim": -1}, "json: head_dim must be a whole number above 0, got -1"),
         ({"hidden_size": None}, "hidden_size must be a whole number above 0, got None"),
     ],
 )

@@ -21,6 +21,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
+from vllm.plugins import load_general_plugins
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.block_pool import BlockPool
 
@@ -232,10 +233,7 @@ def engine(
     if options is not None:
         arguments["attention_backend"] = "hybridkv"
         arguments["additional_config"] = {"hybridkv": {"min_prompt_tokens": 16, **options}}
-    # vLLM collects garbage whenever it starts and ends: not among what all of its modules are made of, which
-    # it would thaw.
-    gc.freeze()
-    with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"):
+    with _modules_no_garbage():
         started = Engine(LLM(str(model), **arguments))
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -246,7 +244,17 @@ def engine(
             started.shut_down()
             cleanup_dist_env_and_memory()
             torch._dynamo.reset()
-    gc.unfreeze()
+
+
+@contextmanager
+def _modules_no_garbage() -> Iterator[None]:
+    """vLLM collects garbage whenever it starts and ends: not among all its modules, which it would thaw."""
+    gc.freeze()
+    try:
+        with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"):
+            yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -304,6 +312,8 @@ def schedule_asynchronously(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns async scheduling on, which vLLM's CPU platform turns off: steps overlap as they do on a GPU."""
     if current_platform.is_cuda():
         return
+    # The plugin patches the same method: loaded after this, it would be undone along with it.
+    load_general_plugins()
     platform = type(current_platform)
     original = CpuPlatform.check_and_update_config
 

@@ -231,9 +231,12 @@ def test_what_routers_hear_of_the_prefix_cache_is_there(tiny_model: Path) -> Non
             elif isinstance(event, BlockRemoved):
                 heard.difference_update(event.block_hashes)
 
-    settings = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}
     with engine(
-        tiny_model, options=QUARTER, num_gpu_blocks_override=36, max_model_len=400, **settings
+        tiny_model,
+        options=QUARTER,
+        num_gpu_blocks_override=36,
+        max_model_len=400,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     ) as ours:
         ours.scheduler.kv_event_publisher.publish = hear
         asks = crowd()
@@ -242,5 +245,6 @@ def test_what_routers_hear_of_the_prefix_cache_is_there(tiny_model: Path) -> Non
         )
         cached = {block.block_hash for block in ours.pool.blocks if block.block_hash is not None}
         assert ours.preemptions > 0
+        assert heard
         assert heard <= {maybe_convert_block_hash(get_block_hash(key)) for key in cached}
     assert published == {page for output in outputs for page in pages(output.prompt_token_ids)}
