@@ -484,19 +484,19 @@ def test_bad_options_are_http_400(
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "messages", "kind", "value", "text"),
+    ("endpoint", "messages", "kind", "value", "text", "limit"),
     [
-        ("chat/completions", "messages", "image_url", {"url": picture_url(width=364)}, "text"),
-        ("responses", "input", "input_image", picture_url(width=336), "input_text"),
+        ("chat/completions", "messages", "image_url", {"url": picture_url(width=364)}, "text", "max_tokens"),
+        ("responses", "input", "input_image", picture_url(width=336), "input_text", "max_output_tokens"),
     ],
     ids=["chat", "responses"],
 )
 def test_a_picture_that_came_with_bad_options_is_no_loss(
-    server: Server, endpoint: str, messages: str, kind: str, value: Any, text: str
+    server: Server, endpoint: str, messages: str, kind: str, value: Any, text: str, limit: str
 ) -> None:
     """It had been prepared when the request was refused, and never reached the engine."""
     content = [{"type": kind, "image_url": value}, {"type": text, "text": QUESTION}]
-    body = {"model": MODEL, messages: [{"role": "user", "content": content}]}
+    body = {"model": MODEL, messages: [{"role": "user", "content": content}], limit: 2}
     for budget, status in ((7, httpx.codes.BAD_REQUEST), (0.5, httpx.codes.OK)):
         asked = {**body, "vllm_xargs": {"hybridkv_budget": budget}}
         answer = httpx.post(f"{server.url}/v1/{endpoint}", json=asked, timeout=60)

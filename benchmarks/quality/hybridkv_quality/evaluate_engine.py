@@ -31,7 +31,6 @@ def evaluate_engine(
     """
     conditions = Conditions.make(policies, budgets)
     samples = open_samples(source)
-    names = samples.names()
     files = model_digest(engine.model)
     configuration = {
         # Wherever a folder lies, its files say which model it is.
@@ -42,6 +41,7 @@ def evaluate_engine(
         "samples": samples.identity(),
     }
     folder = RunFolder(out, configuration)
+    names = samples.names()
     wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
     with folder, AnswerBar(len(wanted - folder.done)) as bar:
         for policy, policy_budgets in conditions.budgets_by_policy.items():

@@ -28,7 +28,6 @@ def evaluate_server(out: Path, source: Source, settings: ServerSettings, budgets
         EvalError: the server refused or went away; what it had answered is kept.
     """
     samples = open_samples(source)
-    names = samples.names()
     server = OpenAIServer(settings)
     options = server.options
     configuration = {
@@ -42,6 +41,7 @@ def evaluate_server(out: Path, source: Source, settings: ServerSettings, budgets
     else:
         conditions = list(Conditions.make([options.policy], budgets))
     folder = RunFolder(out, configuration)
+    names = samples.names()
     wanted = [AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names]
     run = ServerRun(server, settings, folder.digest)
     with folder, AnswerBar(len(set(wanted) - folder.done)) as bar:
