@@ -9,6 +9,7 @@ import pytest
 from hybridkv_quality import command
 from hybridkv_quality.conditions import Conditions
 from hybridkv_quality.settings import EvalError, UsageError
+from hybridkv_quality.sources import SuiteSamples
 
 from hybridkv_vllm.cli import main
 
@@ -64,6 +65,22 @@ def test_arguments_that_do_not_go_with_a_server(
 ) -> None:
     address = ["--url", "http://127.0.0.1:9/v1", "--contexts", "1", "--tokens", "500"]
     assert message in refused(capsys, "--out", str(tmp_path / "run"), *address, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--model", "/nowhere"], "is no folder"), (["--url", "http://127.0.0.1:9/v1"], "no server answers")],
+)
+def test_pictures_are_drawn_for_nothing_that_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    """Those of the whole suite take a minute."""
+    monkeypatch.setattr(SuiteSamples, "names", lambda _: pytest.fail("all were drawn"))
+    assert message in refused(capsys, "--out", str(tmp_path / "run"), *arguments)
 
 
 @pytest.mark.parametrize("budgets", ["0", "1.5", "x", "nan", ""])
