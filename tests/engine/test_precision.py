@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,48 +15,190 @@ from hybridkv_quality.chat import engine_chat
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.tasks import suite_samples
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 
 from hybridkv_vllm.observe.heads import read_requests
 
 pytestmark = pytest.mark.slow
 
-INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-QUANTIZATION = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head", "re:.*visual.*"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {**INT8, "strategy": "channel", "dynamic": False},
-            "input_activations": {**INT8, "strategy": "token", "dynamic": True},
-        }
-    },
+GROUP = 32
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+# Which of a word's eight columns each four bits hold, from the lowest up.
+IN_ORDER, AWQ_ORDER = range(8), (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def compressed_tensors(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """What llm-compressor writes into a checkpoint's configuration."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*visual.*"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"symmetric": True, "dynamic": False, **weights},
+                "input_activations": inputs and {"symmetric": True, "dynamic": True, **inputs},
+            }
+        },
+    }
+
+
+def pack(values: Tensor, order: Sequence[int]) -> Tensor:
+    """`[N, M]` of 0 to 15, eight to a word: `[N, M / 8]` int32."""
+    columns = values.int().unflatten(-1, (-1, 8)).unbind(-1)
+    words = torch.zeros_like(columns[0])
+    for place, column in enumerate(order):
+        words |= columns[column] << (4 * place)
+    return words
+
+
+def int8(weight: Tensor) -> dict[str, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def fp8(weight: Tensor) -> dict[str, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / LARGEST_FP8
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N, K]` of 1 to 15, where 8 is zero, and the groups' scales `[N, K / GROUP]`."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scale = groups.abs().amax(-1) / 7
+    return (groups / scale[..., None]).round().flatten(1) + 8, scale
+
+
+def int4(weight: Tensor) -> dict[str, Tensor]:
+    values, scale = in_groups(weight)
+    return {
+        "weight_packed": pack(values, IN_ORDER),
+        "weight_scale": scale.bfloat16(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def gptq(weight: Tensor) -> dict[str, Tensor]:
+    values, scale = in_groups(weight)
+    # The format holds what to add to 1 for zero.
+    zero = torch.full_like(scale, 7)
+    return {
+        "qweight": pack(values, IN_ORDER).T,
+        "qzeros": pack(zero.T, IN_ORDER),
+        "scales": scale.T.half(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+
+
+def awq(weight: Tensor) -> dict[str, Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    least, most = groups.amin(-1), groups.amax(-1)
+    scale = (most - least) / 15
+    zero = (-least / scale).round().clamp(0, 15)
+    values = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15).flatten(1)
+    return {
+        "qweight": pack(values.T, AWQ_ORDER),
+        "qzeros": pack(zero.T, AWQ_ORDER),
+        "scales": scale.T.half(),
+    }
+
+
+class Quantization(NamedTuple):
+    """How a decoder's weights are written, and what the checkpoint says of it."""
+
+    quantize: Callable[[Tensor], dict[str, Tensor]]
+    config: dict[str, Any]
+
+
+EACH_TOKEN = {"strategy": "token", "num_bits": 8}
+QUANTIZATIONS = {
+    "int8": Quantization(
+        int8,
+        compressed_tensors(
+            "int-quantized",
+            {"num_bits": 8, "type": "int", "strategy": "channel"},
+            {"type": "int", **EACH_TOKEN},
+        ),
+    ),
+    "FP8": Quantization(
+        fp8,
+        compressed_tensors(
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "channel"},
+            {"type": "float", **EACH_TOKEN},
+        ),
+    ),
+    "int4": Quantization(
+        int4,
+        compressed_tensors(
+            "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}, None
+        ),
+    ),
+    "GPTQ": Quantization(
+        gptq,
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "desc_act": False,
+            "sym": True,
+            "dynamic": {"-:.*visual.*": {}},
+        },
+    ),
+    "AWQ": Quantization(
+        awq,
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": GROUP,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["visual"],
+        },
+    ),
 }
 
 
-def write_int8(model: Path, out: Path) -> Path:
-    """Writes `model` with the decoder's weights in int8, a scale for each output, as llm-compressor does."""
+def write_quantized(name: str, out: Path) -> Path:
+    """Writes the trained model with its decoder's weights in another type."""
+    model, (quantize, config) = model_folder(), QUANTIZATIONS[name]
     shutil.copytree(model, out)
     weights = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if name.endswith("_proj.weight") and "visual" not in name:
-            scale = weight.float().abs().amax(1, keepdim=True) / 127
-            weights[f"{name}_scale"] = scale
-            weights[name] = (weight / scale).round().to(torch.int8)
+    for key, weight in load_file(model / "model.safetensors").items():
+        layer, is_projection = key.removesuffix(".weight"), key.endswith("_proj.weight")
+        if is_projection and "visual" not in key:
+            parts = quantize(weight.float())
+            weights.update({f"{layer}.{part}": value.contiguous() for part, value in parts.items()})
         else:
-            weights[name] = weight
+            weights[key] = weight
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}))
+    content = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**content, "quantization_config": config}))
     return out
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("int8", "bfloat16"), ("as published", "float16")])
+needs_avx512 = pytest.mark.skipif(
+    current_platform.is_cpu() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="vLLM's CPU build multiplies such weights with AVX-512 only",
+)
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [
+        ("as published", "float16"),
+        ("int8", "bfloat16"),
+        pytest.param("FP8", "bfloat16", marks=needs_avx512),
+        pytest.param("int4", "bfloat16", marks=needs_avx512),
+        pytest.param("GPTQ", "bfloat16", marks=needs_avx512),
+        pytest.param("AWQ", "bfloat16", marks=needs_avx512),
+    ],
+)
 def test_answers_are_right(weights: str, dtype: str, tmp_path: Path) -> None:
-    model = write_int8(model_folder(), tmp_path / "int8") if weights == "int8" else model_folder()
+    model = model_folder() if weights == "as published" else write_quantized(weights, tmp_path / "model")
     samples = list(suite_samples(["recall"], tokens=1024, contexts=3))
     settings = {"dtype": dtype, "limit_mm_per_prompt": {"image": 16}}
     with engine(model, options={"budget": 0.1}, **settings) as ours:

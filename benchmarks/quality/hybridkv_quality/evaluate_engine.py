@@ -41,9 +41,10 @@ def evaluate_engine(
         "samples": samples.identity(),
     }
     folder = RunFolder(out, configuration)
-    names = samples.names()
-    wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
-    with folder, AnswerBar(len(wanted - folder.done)) as bar:
+    with folder, AnswerBar() as bar:
+        names = samples.names()
+        wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
+        bar.expect(len(wanted - folder.done))
         for policy, policy_budgets in conditions.budgets_by_policy.items():
             missing = {key for key in wanted - folder.done if key.policy == policy}
             if not missing:

@@ -41,10 +41,11 @@ def evaluate_server(out: Path, source: Source, settings: ServerSettings, budgets
     else:
         conditions = list(Conditions.make([options.policy], budgets))
     folder = RunFolder(out, configuration)
-    names = samples.names()
-    wanted = [AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names]
     run = ServerRun(server, settings, folder.digest)
-    with folder, AnswerBar(len(set(wanted) - folder.done)) as bar:
+    with folder, AnswerBar() as bar:
+        names = samples.names()
+        wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
+        bar.expect(len(wanted - folder.done))
         bar.say(server.policy)
         for batch in in_batches(samples, settings.concurrency):
             for policy, budget in conditions:

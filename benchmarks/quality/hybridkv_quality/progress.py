@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class AnswerBar:
     """One bar over all answers of a run, labelled with what is under way."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -23,7 +23,7 @@ class AnswerBar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID = self._bars.add_task("starting", total=total, rate="")
+        self._task: TaskID = self._bars.add_task("preparing questions", total=None, rate="")
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -33,6 +33,10 @@ class AnswerBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def expect(self, answers: int) -> None:
+        """How many answers there will be; until then the bar only shows that something goes on."""
+        self._bars.update(self._task, total=answers)
 
     def say(self, what: str) -> None:
         """Changes the label."""

@@ -86,4 +86,5 @@ sys.meta_path[:0] = [
     TorchvisionSchemas(),
     AdaptedAfterImport("triton.runtime.interpreter", "hybridkv_cpu_harness.interpreter"),
     AdaptedAfterImport("vllm.model_executor.layers.utils", "hybridkv_cpu_harness.matmul"),
+    AdaptedAfterImport("vllm.v1.worker.cpu_worker", "hybridkv_cpu_harness.warm_up"),
 ]
