@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,14 @@ from hybridkv_quality.tasks import suite_samples
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    awq_pack,
+    gptq_pack,
+    pack_cols,
+    quantize_weights,
+)
 from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
 
 from hybridkv_vllm.observe.heads import read_requests
 
@@ -26,8 +33,6 @@ pytestmark = pytest.mark.slow
 # Inputs of a projection that share a scale, in 4 bits.
 GROUP = 32
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-# Which of a word's eight columns each four bits hold, from the lowest up.
-IN_ORDER, AWQ_ORDER = range(8), (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def compressed_tensors(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
@@ -47,13 +52,10 @@ def compressed_tensors(layout: str, weights: dict[str, Any], inputs: dict[str, A
     }
 
 
-def pack(values: Tensor, order: Sequence[int]) -> Tensor:
-    """`[N, M]` of 0 to 15, eight to a word: `[N, M / 8]` int32."""
-    columns = values.int().unflatten(-1, (-1, 8)).unbind(-1)
-    words = torch.zeros_like(columns[0])
-    for place, column in enumerate(order):
-        words |= columns[column] << (4 * place)
-    return words
+def eight_bits(layout: str, kind: str) -> dict[str, Any]:
+    """A scale for each output, and for each token of the input."""
+    number = {"num_bits": 8, "type": kind}
+    return compressed_tensors(layout, {**number, "strategy": "channel"}, {**number, "strategy": "token"})
 
 
 def int8(weight: Tensor) -> dict[str, Tensor]:
@@ -66,44 +68,33 @@ def fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
-def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, K]` of 1 to 15, where 8 is zero, and the groups' scales `[N, K / GROUP]`."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    scale = groups.abs().amax(-1) / 7
-    return (groups / scale[..., None]).round().flatten(1) + 8, scale
-
-
 def int4(weight: Tensor) -> dict[str, Tensor]:
-    values, scale = in_groups(weight)
+    _, values, scale, _ = quantize_weights(weight.T, scalar_types.uint4b8, GROUP)
     return {
-        "weight_packed": pack(values, IN_ORDER),
-        "weight_scale": scale.bfloat16(),
+        "weight_packed": gptq_pack(values, 4, *values.shape).T,
+        "weight_scale": scale.T.bfloat16(),
         "weight_shape": torch.tensor(weight.shape),
     }
 
 
 def gptq(weight: Tensor) -> dict[str, Tensor]:
-    values, scale = in_groups(weight)
-    # The format holds what to add to 1 for zero.
+    _, values, scale, _ = quantize_weights(weight.T, scalar_types.uint4b8, GROUP)
+    # The format holds what to add to 1 for zero, which is 8.
     zero = torch.full_like(scale, 7)
     return {
-        "qweight": pack(values, IN_ORDER).T,
-        "qzeros": pack(zero.T, IN_ORDER),
-        "scales": scale.T.half(),
+        "qweight": gptq_pack(values, 4, *values.shape),
+        "qzeros": pack_cols(zero, 4, *zero.shape),
+        "scales": scale.half(),
         "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
     }
 
 
 def awq(weight: Tensor) -> dict[str, Tensor]:
-    groups = weight.unflatten(1, (-1, GROUP))
-    least, most = groups.amin(-1), groups.amax(-1)
-    scale = (most - least) / 15
-    zero = (-least / scale).round().clamp(0, 15)
-    values = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15).flatten(1)
+    _, values, scale, zero = quantize_weights(weight.T, scalar_types.uint4, GROUP, zero_points=True)
     return {
-        "qweight": pack(values.T, AWQ_ORDER),
-        "qzeros": pack(zero.T, AWQ_ORDER),
-        "scales": scale.T.half(),
+        "qweight": awq_pack(values, 4, *values.shape),
+        "qzeros": awq_pack(zero, 4, *zero.shape),
+        "scales": scale.half(),
     }
 
 
@@ -114,24 +105,9 @@ class Quantization(NamedTuple):
     config: dict[str, Any]
 
 
-EACH_TOKEN = {"strategy": "token", "num_bits": 8}
 QUANTIZATIONS = {
-    "int8": Quantization(
-        int8,
-        compressed_tensors(
-            "int-quantized",
-            {"num_bits": 8, "type": "int", "strategy": "channel"},
-            {"type": "int", **EACH_TOKEN},
-        ),
-    ),
-    "FP8": Quantization(
-        fp8,
-        compressed_tensors(
-            "float-quantized",
-            {"num_bits": 8, "type": "float", "strategy": "channel"},
-            {"type": "float", **EACH_TOKEN},
-        ),
-    ),
+    "int8": Quantization(int8, eight_bits("int-quantized", "int")),
+    "FP8": Quantization(fp8, eight_bits("float-quantized", "float")),
     "int4": Quantization(
         int4,
         compressed_tensors(
