@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -124,3 +126,21 @@ def test_bf16_products_are_summed_in_float32_and_rounded_once() -> None:
         assert found.dtype == torch.bfloat16
         exact = layer.cpu_linear(*(None if value is None else value.double() for value in narrow))
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_samplers_are_not_warmed_up() -> None:
+    """vLLM 0.33's worker asks this setting; 0.32's warms nothing up on a CPU."""
+    from vllm.config import KernelConfig
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    kernels = KernelConfig(enable_jit_warmup=True)
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(kernel_config=kernels),
+        model_runner=SimpleNamespace(kv_caches=["a layer's"]),
+        use_v2_model_runner=True,
+        model_config=SimpleNamespace(seed=0),
+        parallel_config=SimpleNamespace(data_parallel_index=0),
+        compilation_config=SimpleNamespace(compilation_time=0.0, encoder_compilation_time=0.0),
+    )
+    CPUWorker.compile_or_warm_up_model(worker)
+    assert not kernels.enable_jit_warmup

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NoReturn
+
 import pytest
 from hybridkv_quality.progress import AnswerBar
+from hybridkv_quality.settings import UsageError
+from hybridkv_quality.sources import SuiteSamples
+
+from hybridkv_vllm.cli import main
 
 
 def test_the_bar_shows_work_before_it_knows_how_many_answers_there_will_be(
@@ -31,3 +38,16 @@ def test_nothing_is_shown_where_stderr_is_no_terminal(
         bar.expect(1)
         bar.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_is_there_while_the_suite_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stop(samples: SuiteSamples) -> NoReturn:
+        raise UsageError(f"stopped after: {capsys.readouterr().err}")
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(SuiteSamples, "names", stop)
+    assert main(["eval", "--out", str(tmp_path)]) == 2
+    _, _, shown = capsys.readouterr().err.partition("stopped after: ")
+    assert "preparing questions" in shown
