@@ -74,7 +74,7 @@ class HostTier:
         Raises:
             HybridKVConfigError: less than one block, or the memory is not to be had.
         """
-        block_bytes = STORE_BLOCK * PAGE_TOKENS * 2 * head_size * dtype.itemsize
+        block_bytes = store_block_bytes(head_size, dtype)
         num_blocks = num_bytes // block_bytes
         if num_blocks < 1:
             raise HybridKVConfigError(
@@ -171,6 +171,11 @@ def host_pool_bytes(options_gib: float | None, kv_bytes: int, budget: float, loc
             f"give a smaller {POOL_OPTION}, or {OTHER_TIERS}"
         )
     return num_bytes
+
+
+def store_block_bytes(head_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a store block, the least that a tier can hold, for heads of size `head_size`."""
+    return STORE_BLOCK * PAGE_TOKENS * 2 * head_size * dtype.itemsize
 
 
 def local_ranks(parallel: ParallelConfig) -> int:

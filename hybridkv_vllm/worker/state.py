@@ -29,7 +29,7 @@ from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
 from hybridkv_vllm.profile import read_profile
 from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
-from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks
+from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks, store_block_bytes
 from hybridkv_vllm.worker.recall import RecallState
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_work, page_pool
 
@@ -153,7 +153,10 @@ class HybridKVModelState(DefaultModelState):
         """
         options, ranks = recall.options, local_ranks(self.vllm_config.parallel_config)
         num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
-        # vLLM binds a small cache for its memory profiling first, and pinning takes seconds.
+        if options.host_pool_gib is None:
+            # The cache of vLLM's graph profiling can be a single block.
+            num_bytes = max(num_bytes, store_block_bytes(shape.head_size, pool.dtype))
+        # That cache comes first, and pinning takes seconds.
         if recall.tier is None or self._host_tier_bytes != num_bytes:
             # The old one goes before the new one comes.
             recall.tier = None

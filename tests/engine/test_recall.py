@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import (
     SCENE,
     TOLERANCE,
@@ -27,6 +28,9 @@ from engines import (
     video,
 )
 from hybridkv_kernels.recall.layout import LandmarkLayout
+from torch.multiprocessing.reductions import StorageWeakRef
+from vllm.config import set_current_vllm_config
+from vllm.v1.worker.gpu import attn_utils, cudagraph_utils
 
 from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.observe.heads import Head, RequestHeads, read_heads
@@ -490,6 +494,42 @@ def test_an_engine_that_has_ended_leaves_no_memory_behind(tiny_model: Path) -> N
         del runner, tables
     assert next(model.parameters()).numel()
     assert [part() for part in gone] == [None] * len(gone)
+
+
+def test_the_small_cache_of_graph_profiling_is_taken_and_let_go(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU vLLM first captures graphs over a cache of a block a row, to see what they take."""
+    asks = picture_asks(1)
+    with recalling(tiny_model, budget=1.0, max_num_seqs=1, enforce_eager=True) as ours:
+        expected = ours.ask(asks)
+        ours.core.step_fn()
+        ours.llm.reset_prefix_cache()
+        runner = ours.core.model_executor.driver_worker.worker.model_runner
+        config = runner.kv_cache_config
+        monkeypatch.setattr(runner.cache_config, "num_gpu_blocks_override", None)
+        monkeypatch.setattr(runner.compilation_config, "max_cudagraph_capture_size", 1)
+        if not torch.cuda.is_available():
+            monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+            monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        allocate = attn_utils.allocate_kv_cache
+        small: list[StorageWeakRef] = []
+
+        def allocate_after_the_small_one(*args: Any) -> Any:
+            assert all(storage.expired() for storage in small)
+            return allocate(*args)
+
+        monkeypatch.setattr(attn_utils, "allocate_kv_cache", allocate_after_the_small_one)
+        with set_current_vllm_config(runner.vllm_config):
+            cudagraph_utils._teardown_profiling_state(runner)
+            cudagraph_utils._init_minimal_kv_cache_for_profiling(runner)
+            assert runner.kv_cache_config.num_blocks == 1
+            small.append(StorageWeakRef(runner.model_state._tables.pool.untyped_storage()))
+            cudagraph_utils._teardown_profiling_state(runner)
+            runner.cache_config.num_gpu_blocks = config.num_blocks
+            runner.initialize_kv_cache(config)
+        for name, answer in ours.ask(asks).items():
+            assert_same(answer, expected[name], name)
 
 
 def test_a_prompt_of_text_alone_sets_nothing_aside(tiny_model: Path) -> None:
