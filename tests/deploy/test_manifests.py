@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -16,15 +18,18 @@ from deployment import (
     DEPLOY,
     DOCUMENT,
     GROUP_VARIABLES,
+    ROOT,
     Object,
     Pod,
     arguments,
     build,
     gibibytes,
     of_kind,
+    output,
     pods,
     prometheus_rule,
     settings,
+    tool,
 )
 from pydantic import BaseModel
 
@@ -34,6 +39,14 @@ import hybridkv_vllm
 KUBERNETES_VERSIONS = ("1.30", kubernetes_validate.latest_version())
 # Beside pool and /dev/shm: the processes, and the weights on their way to the GPU.
 PROCESSES_GIB = 8
+# In 16 bits.
+WEIGHTS_GIB = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": 16,
+    "Qwen/Qwen2.5-VL-32B-Instruct": 63,
+    "Qwen/Qwen2.5-VL-72B-Instruct": 137,
+}
+# To pull an image of ten gigabytes.
+IMAGE_SECONDS = 600
 
 
 def check_model(model: type[BaseModel]) -> Callable[[Object], None]:
@@ -145,6 +158,9 @@ def test_what_is_referred_to_exists(name: str) -> None:
     documented = re.findall(r"create secret generic (\S+) --from-literal=(\S+?)=", DOCUMENT.read_text())
     kinds = [(m["kind"], m["metadata"]["name"]) for m in build(name)]
     assert len(set(kinds)) == len(kinds)
+    # LeaderWorkerSet makes a headless Service of its own name, unless there is one.
+    services = {manifest["metadata"]["name"] for manifest in of_kind(name, "Service")}
+    assert not services & {manifest["metadata"]["name"] for manifest in of_kind(name, "LeaderWorkerSet")}
     for manifest in of_kind(name, "ScaledObject"):
         assert ("Deployment", manifest["spec"]["scaleTargetRef"]["name"]) in kinds
     for pod in pods(name):
@@ -188,6 +204,7 @@ def test_memory_holds_the_host_pools(name: str) -> None:
         pools = ranks * float(settings(name)["HOST_POOL_GIB"])
         assert gibibytes(pod.quantity("memory")) >= pools + gibibytes(shm["sizeLimit"]) + PROCESSES_GIB
         requests = pod.server["resources"]["requests"]
+        assert gibibytes(requests["ephemeral-storage"]) >= WEIGHTS_GIB[settings(name)["MODEL"]]
         for resource in ("memory", "nvidia.com/gpu"):
             assert requests[resource] == pod.quantity(resource)
 
@@ -213,13 +230,34 @@ def test_loading_and_stopping_have_time(name: str) -> None:
             pod.server[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")
         )
         assert {probe["httpGet"]["path"] for probe in (startup, readiness, liveness)} == {"/health"}
-        assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
+        loading = startup["periodSeconds"] * startup["failureThreshold"]
+        assert loading >= (7200 if of_kind(name, "LeaderWorkerSet") else 1800)
         assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
+        for manifest in of_kind(name, "Deployment"):
+            rollout = manifest["spec"]["progressDeadlineSeconds"]
+            assert rollout >= loading + pod.spec["terminationGracePeriodSeconds"] + IMAGE_SECONDS
 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_image(name: str) -> None:
     assert {pod.server["image"] for pod in pods(name)} == {f"hybridkv-vllm:{hybridkv_vllm.__version__}"}
+
+
+def test_the_documented_overlay(tmp_path: Path) -> None:
+    """Image, namespace and model are the user's, in pods too."""
+    (text,) = re.findall(
+        r"^ {4}# my-hybridkv/kustomization.yaml\n((?: {4}.*\n)+)", DOCUMENT.read_text(), re.MULTILINE
+    )
+    (tmp_path / "hybridkv-vllm").symlink_to(ROOT)
+    (tmp_path / "my-hybridkv").mkdir()
+    (tmp_path / "my-hybridkv" / "kustomization.yaml").write_text(textwrap.dedent(text))
+    built = list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", str(tmp_path / "my-hybridkv"))))
+    assert {manifest["metadata"]["namespace"] for manifest in built} == {"serving"}
+    (deployment,) = (manifest for manifest in built if manifest["kind"] == "Deployment")
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert server["image"] == f"registry.example.com/hybridkv-vllm:{hybridkv_vllm.__version__}"
+    models = {manifest["data"].get("MODEL") for manifest in built if manifest["kind"] == "ConfigMap"}
+    assert "Qwen/Qwen2.5-VL-3B-Instruct" in models
 
 
 def test_budget_lets_a_node_drain() -> None:
