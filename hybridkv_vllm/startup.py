@@ -144,13 +144,14 @@ def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:
 
 def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterator[str]:
     """What in the server's settings stands against HybridKV, each with its remedy."""
+    from vllm import envs
     from vllm.config.cache import CacheDType
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    if not vllm_config.use_v2_model_runner:
-        yield "Model Runner V1 is not supported; unset VLLM_USE_V2_MODEL_RUNNER or set it to 1"
+    if vllm_config.is_mm_encoder_only:
+        yield "an instance that only encodes pictures has no KV cache to compress; remove --attention-backend"
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors are not supported; remove --kv-transfer-config"
     if cache.kv_offloading_size is not None:  # vLLM makes a connector of it after this check.
@@ -165,6 +166,16 @@ def _server_problems(vllm_config: VllmConfig, options: ServerOptions) -> Iterato
         yield "sleep mode is not supported; remove --enable-sleep-mode"
     if parallel.use_ubatching:
         yield "micro-batching is not supported; remove --enable-dbo and --ubatch-size"
+    if vllm_config.aux_output_config.enabled:  # 0.32 keeps room for as many tokens as the KV cache holds.
+        yield "routed experts cannot be returned; remove --enable-return-routed-experts"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "batch-invariant answers are not supported; unset VLLM_BATCH_INVARIANT"
+    # After what makes vLLM choose it by itself.
+    if not vllm_config.use_v2_model_runner:
+        remedy = "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1"
+        if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+            remedy = "vLLM's warning above says what it was chosen for"
+        yield f"Model Runner V1 is not supported; {remedy}"
     dtype = str(model.dtype).removeprefix("torch.")
     # vLLM's layers read the checkpoint's scheme, after this check.
     scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from hybridkv_vllm.plan import ceil_pages
+from hybridkv_vllm.plan import PAGE_TOKENS, ceil_pages
 
 
 def dense_backend(kernel_backend: str, dtype: torch.dtype, head_size: int) -> type[AttentionBackend] | None:
@@ -26,9 +26,20 @@ def dense_backend(kernel_backend: str, dtype: torch.dtype, head_size: int) -> ty
         and is_flash_attn_varlen_func_available()
         and FlashAttentionBackend.supports_dtype(dtype)
         and FlashAttentionBackend.supports_head_size(head_size)
+        and _takes_our_pages(FlashAttentionBackend, dtype, head_size)
     ):
         return FlashAttentionBackend
     return TritonAttentionBackend
+
+
+def _takes_our_pages(backend: type[AttentionBackend], dtype: torch.dtype, head_size: int) -> bool:
+    """Whether its kernels read pages of 16 tokens: on Blackwell FlashAttention wants 128 for heads of 256."""
+    spec = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=1, head_size=head_size, dtype=dtype)
+    sizes = backend.get_supported_kernel_block_sizes(spec)
+    return any(
+        PAGE_TOKENS % size.base == 0 if isinstance(size, MultipleOf) else size == PAGE_TOKENS
+        for size in sizes
+    )
 
 
 def slice_rows(common: CommonAttentionMetadata, rows: slice) -> CommonAttentionMetadata:

@@ -4,8 +4,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-from hybridkv_vllm.attention.dense import TorchDenseImpl, TorchRow
+from hybridkv_vllm.attention import dense
+from hybridkv_vllm.attention.dense import TorchDenseImpl, TorchRow, dense_backend
 
 HEAD_SIZE, KV_HEADS, GROUP, BLOCKS = 16, 2, 3, 9
 
@@ -45,3 +51,24 @@ def test_prompts_whole_in_chunks_and_of_one_token(context: type[AbstractContextM
     with context():
         impl.forward(None, query, query, query, cache, metadata, out)
     torch.testing.assert_close(out.double(), torch.cat(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "head_size", "backend"),
+    [
+        ((9, 0), 3, 256, FlashAttentionBackend),
+        ((10, 0), 4, 128, FlashAttentionBackend),
+        # Its kernel would take our pages of 16 tokens for pages of 128.
+        ((10, 0), 4, 256, TritonAttentionBackend),
+    ],
+)
+def test_flash_attention_serves_where_it_reads_our_pages(
+    capability: tuple[int, int], version: int, head_size: int, backend: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM says of other cards than this machine's; its kernels are not in the CPU build."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda _: True)
+    monkeypatch.setattr(platform, "get_device_capability", lambda *_, **__: DeviceCapability(*capability))
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: version)
+    monkeypatch.setattr(dense, "is_flash_attn_varlen_func_available", lambda: True)
+    assert dense_backend("triton", torch.bfloat16, head_size) is backend

@@ -307,6 +307,7 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
         ),
         ({"prefill_context_parallel_size": 2}, "remove --prefill-context-parallel-size"),
         ({"speculative_config": SPECULATION}, "remove --speculative-config"),
+        ({"mm_encoder_only": True}, "remove --attention-backend"),
         ({"block_size": 32}, "remove --block-size or set it to 16"),
         (
             {"kv_cache_dtype": "fp8"},
@@ -434,6 +435,33 @@ def test_model_runner_v1(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     envs.disable_envs_cache()  # An engine started earlier in this process has frozen the variables.
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert refusal(tiny_model, {}).endswith("unset VLLM_USE_V2_MODEL_RUNNER or set it to 1")
+    # vLLM takes it for some kinds of this, which is what to change then.
+    assert refusal(tiny_model, {}, speculative_config=SPECULATION).endswith("remove --speculative-config")
+
+
+def test_model_runner_v1_by_choice_of_vllm(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsetting a variable that is not set would help nobody."""
+    config = engine_config(tiny_model, {})
+    envs.disable_envs_cache()
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(HybridKVConfigError, match="vLLM's warning above says what it was chosen for"):
+        startup.configure(config)
+
+
+def test_batch_invariant_answers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert refusal(tiny_model, {}).endswith("unset VLLM_BATCH_INVARIANT")
+
+
+def test_returned_routed_experts(tiny_model: Path) -> None:
+    """vLLM itself refuses it for a model without experts."""
+    config = engine_config(tiny_model, {})
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(HybridKVConfigError, match="remove --enable-return-routed-experts"):
+        startup.configure(config)
 
 
 def test_async_scheduling_gets_the_async_scheduler(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
