@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 INDEX = "model.safetensors.index.json"
 # Loaded in the model's own type, whatever the file has.
 FLOATS = {"F64", "F32", "F16", "BF16"}
-OUTSIDE = re.compile(r"vis(ion|ual)|projector|audio|image_newline|^mlp1\.")
+OUTSIDE = re.compile(r"vis(ion|ual)|projector|audio|image_newline|^(mlp1|vpm|resampler|vit)\.")
 EMBEDDING = re.compile(r"embed_tokens|wte|tok_embeddings")
 EXPERTS = re.compile(r"\.experts\.")
 LONGEST_HEADER = 100_000_000  # The format's own limit, bytes.
@@ -86,7 +86,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
         else:
             files = sorted(folder.glob("model*.safetensors"))
         headers = [_header(file) for file in files]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     for header in headers:
         yield from ((name, tensor) for name, tensor in header.items() if isinstance(tensor, _Tensor))

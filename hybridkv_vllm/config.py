@@ -74,9 +74,11 @@ class ServerOptions(BaseModel):
         "of a node share a quarter of its memory.",
     )
     recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
-    pin_first_chunks: int = Field(default=0, ge=0, description="First chunks that are always selected.")
+    pin_first_chunks: int = Field(
+        default=0, ge=0, description="First chunks that are always selected, as far as a head's hot slots go."
+    )
     pin_recent_chunks: int = Field(
-        default=0, ge=0, description="Last prompt chunks that are always selected."
+        default=0, ge=0, description="Last prompt chunks that are always selected, as far as the slots go."
     )
     window: int = Field(
         default=64,

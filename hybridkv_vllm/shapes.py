@@ -230,8 +230,7 @@ def read_shape(folder: Path) -> ModelShape:
     if not isinstance(config, dict):
         raise ValueError(f"{folder}/config.json is no JSON object")
     text = config.get("text_config") or config.get("llm_config") or config
-    itemsize = 4 if "float32" in (text.get("dtype"), text.get("torch_dtype"), config.get("dtype")) else 2
-    weights = read_weights(folder, itemsize)
+    weights = read_weights(folder, ModelShape.itemsize)
     if problem := _problem(config, text, weights):
         raise ValueError(f"{folder}/config.json: {problem}")
     try:
@@ -246,7 +245,6 @@ def read_shape(folder: Path) -> ModelShape:
             feed_forward=_size(text, "intermediate_size"),
             vocabulary=_size(text, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            itemsize=itemsize,
             experts=_experts(text),
             weights=weights,
         )

@@ -77,6 +77,8 @@ ASSUMPTIONS = (
     "of a layer's experts those that the rows' tokens take are read, each token taking any of them alike",
     "a local model's weights are counted in its files; without these its vision tower is not counted",
     "chunks that have to be fetched cross the link after all else: nothing is overlapped",
+    "weights and KV cache in 16 bits, as vLLM loads a float32 checkpoint too; quantised weights as stored",
+    "prompts are compressed, however short: a server leaves those below its min_prompt_tokens alone",
     f"pictures, then a question of {QUESTION} tokens; all KV heads equally sparse",
     "bytes and requests follow from the engine's own rules for blocks, arenas and landmarks",
 )
@@ -129,11 +131,14 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     held = plan.arena_size + ceil_pages(tail + workload.answer)
     if recalling and workload.tier == "gpu":
         held += plan.num_full_blocks
+    dynamic = round(workload.dynamic * heads)
     full_bytes = plan.num_full_blocks * shape.page_bytes()
     ours = serving(
         held,
-        plan.num_full_blocks,
-        recalling * full_bytes if workload.tier == "host" else 0,
+        # On the GPU's own tier a request goes on with the blocks that its prefill had.
+        0 if recalling and workload.tier == "gpu" else plan.num_full_blocks,
+        # Chunks of dynamic heads that do not recall after all lie between those of heads that do.
+        dynamic * full_bytes if recalling and workload.tier == "host" else 0,
         heads * (plan.arena_size + (tail + workload.answer // 2) / PAGE_TOKENS),
         workload.missed * hot * shape.page_bytes() if workload.tier == "host" else 0.0,
     )

@@ -100,6 +100,14 @@ def test_a_file_that_is_none_is_named(header: bytes, tmp_path: Path) -> None:
             read_weights(tmp_path, 2)
 
 
+@pytest.mark.parametrize("index", ["[]", "{]", "{}", '{"weight_map": null}', '{"weight_map": []}'])
+def test_an_index_that_is_none_is_named(index: str, tmp_path: Path) -> None:
+    write(tmp_path, {})
+    (tmp_path / INDEX).write_text(index)
+    with pytest.raises(ValueError, match=r"the weights in .* cannot be read: "):
+        read_shape(tmp_path)
+
+
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
     write(tmp_path, {})
     (tmp_path / "b.safetensors").unlink()

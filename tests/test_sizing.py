@@ -97,6 +97,23 @@ def test_small_budgets_let_some_heads_recall() -> None:
     assert 0 < counts[0] < counts[1] < counts[2] == 112
 
 
+def test_host_memory_is_that_of_all_dynamic_heads() -> None:
+    """Those that do not recall after all lie between the others: which do is not known."""
+    result = estimate(SEVEN_B, GPUS["h200"], replace(LONG, budget=0.05, dynamic=0.75))
+    assert 0 < result.recalling < 84
+    assert result.hybridkv.host_bytes == 84 * 2048 * SEVEN_B.page_bytes()
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3])
+def test_recall_on_the_gpu_needs_no_room_for_another_prefill(requests: int) -> None:
+    """Each request has its prompt's blocks and its arena, and grows by its answer only."""
+    work = replace(LONG, tier="gpu", utilization=1.0, reserved=0)
+    held = 2048 + 205 + 8
+    block = SEVEN_B.layers * SEVEN_B.kv_heads * SEVEN_B.page_bytes()
+    card = replace(GPUS["h200"], memory=requests * held * block + SEVEN_B.weight_bytes)
+    assert estimate(SEVEN_B, card, work).hybridkv.requests == requests
+
+
 def test_the_engine_decodes_as_many_at_once() -> None:
     """`benchmarks/concurrency.py` counted at the engine: memory for five prompts of 512 tokens and a bit."""
     measured = json.loads(
@@ -130,6 +147,12 @@ def test_a_local_model_is_read_from_its_config(tiny_model: Path, tmp_path: Path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="says nothing of 'num_attention_heads'"):
         read_shape(tmp_path)
+
+
+def test_a_float32_checkpoint_is_served_in_16_bits(tmp_path: Path) -> None:
+    """By vLLM, unless it is told otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, "dtype": "float32"}))
+    assert read_shape(tmp_path).itemsize == 2
 
 
 COMMON = {
