@@ -151,14 +151,14 @@ GOALS = (
         "requests of 32k that decode at once",
         "decoding_at_once",
         7,
-        {"prompt_tokens": 32768, "scenario": ("images", "full")},
+        {"prompt_tokens": 32768, "scenario": "full"},
         server=True,
     ),
     Goal(
         "tokens a second where stock is short of memory",
         "tokens_per_second",
         4,
-        {"prompt_tokens": 32768, "scenario": ("images", "full")},
+        {"prompt_tokens": 32768, "scenario": "full"},
         server=True,
     ),
     Goal(

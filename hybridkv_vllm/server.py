@@ -75,7 +75,8 @@ def serve(
     # Set here by an engine of this process for its own children; the server would count on top of them.
     inherited = {name: value for name, value in os.environ.items() if name != DIRECTORY_VARIABLE}
     command = [
-        str(Path(sys.executable).with_name("vllm")),
+        # Not the script `vllm`, which an installation into a folder of one's own does not have.
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
         "serve",
         str(model),
         "--host",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from hybridkv_kernels.recall.layout import LandmarkLayout
+from hybridkv_kernels.recall.tables import STORE_BLOCK
 from rich.table import Table
 
 from hybridkv_vllm.plan import PAGE_TOKENS, ceil_pages, make_plan
@@ -131,14 +133,15 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     held = plan.arena_size + ceil_pages(tail + workload.answer)
     if recalling and workload.tier == "gpu":
         held += plan.num_full_blocks
-    dynamic = round(workload.dynamic * heads)
-    full_bytes = plan.num_full_blocks * shape.page_bytes()
+    # Dynamic heads lie side by side; where only some recall, they keep the blocks they begin and end in.
+    chunks, dynamic = plan.num_full_blocks, round(workload.dynamic * heads)
+    ends = STORE_BLOCK - math.gcd(chunks, STORE_BLOCK)
+    host_pages = min(dynamic * chunks, recalling * (chunks + ends))
     ours = serving(
         held,
         # On the GPU's own tier a request goes on with the blocks that its prefill had.
         0 if recalling and workload.tier == "gpu" else plan.num_full_blocks,
-        # Chunks of dynamic heads that do not recall after all lie between those of heads that do.
-        dynamic * full_bytes if recalling and workload.tier == "host" else 0,
+        host_pages * shape.page_bytes() if workload.tier == "host" else 0,
         heads * (plan.arena_size + (tail + workload.answer // 2) / PAGE_TOKENS),
         workload.missed * hot * shape.page_bytes() if workload.tier == "host" else 0.0,
     )

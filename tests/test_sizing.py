@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybridkv_vllm.cli import main
 from hybridkv_vllm.shapes import GB, GIB, GPUS, MODELS, Experts, ModelShape, Workload, read_shape
 from hybridkv_vllm.sizing import estimate
+from hybridkv_vllm.worker.host_tier import HostTier
 
 SEVEN_B = MODELS["Qwen/Qwen2.5-VL-7B-Instruct"]
 LONG = Workload(context=32768, answer=128)
@@ -97,11 +100,21 @@ def test_small_budgets_let_some_heads_recall() -> None:
     assert 0 < counts[0] < counts[1] < counts[2] == 112
 
 
-def test_host_memory_is_that_of_all_dynamic_heads() -> None:
-    """Those that do not recall after all lie between the others: which do is not known."""
-    result = estimate(SEVEN_B, GPUS["h200"], replace(LONG, budget=0.05, dynamic=0.75))
-    assert 0 < result.recalling < 84
-    assert result.hybridkv.host_bytes == 84 * 2048 * SEVEN_B.page_bytes()
+@pytest.mark.parametrize(
+    ("context", "budget", "dynamic"),
+    [(2048, 0.05, 1.0), (8200, 0.02, 0.5), (15000, 0.05, 1.0), (32768, 0.05, 0.75)],
+)
+def test_host_memory_is_what_the_worker_keeps(context: int, budget: float, dynamic: float) -> None:
+    """Where some of the dynamic heads do not recall after all: which ones is left to chance here."""
+    work = replace(LONG, context=context, budget=budget, dynamic=dynamic)
+    result = estimate(SEVEN_B, GPUS["h200"], work)
+    chunks, heads = context // 16, round(dynamic * 112)
+    assert 0 < result.recalling < heads
+    tier = HostTier(torch.empty(112 * chunks, 16, 2 * SEVEN_B.head_size, dtype=torch.bfloat16))
+    reservation = tier.reserve(0, 112 * chunks)
+    recalling = random.Random(0).sample(range(heads), result.recalling)
+    tier.trim(reservation, (range(head * chunks, (head + 1) * chunks) for head in recalling))
+    assert result.hybridkv.host_bytes == pytest.approx(tier.bytes_held, rel=0.1)
 
 
 @pytest.mark.parametrize("requests", [1, 2, 3])

@@ -250,8 +250,9 @@ class CompressionLog:
         figure, dynamic, recalled, pages, lengths, store_end = figures
         num_dynamic = int(dynamic.sum())
         if compression.reservation is not None and self._recall is not None and self._recall.tier is not None:
-            # Chunks of heads that do not recall after all lie in between.
-            self._recall.tier.trim(compression.reservation, int((store_end * recalled).max()))
+            chunks = grant.plan.num_full_blocks
+            ends = store_end[recalled.bool()].int().tolist()
+            self._recall.tier.trim(compression.reservation, (range(end - chunks, end) for end in ends))
         if compression.recalls:
             num_in_tier = num_dynamic if compression.store_end is None else int((store_end > 0).sum())
             self._count_pruned(NO_ROOM_ON_HOST, num_dynamic - num_in_tier)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from hybridkv_kernels.recall.tables import STORE_BLOCK
@@ -29,12 +30,12 @@ class Reservation:
 
     Attributes:
         slot: the request's slot.
-        blocks: ids of store blocks; logical store page j is page `j % 64` of `blocks[j // 64]`. Empty once
-            it is released.
+        blocks: ids of store blocks, by place: logical store page j is page `j % 64` of `blocks[j // 64]`.
+            Those given back are missing; empty once all is released.
     """
 
     slot: int
-    blocks: list[int] = field(default_factory=list)
+    blocks: dict[int, int]
 
     @property
     def num_pages(self) -> int:
@@ -122,19 +123,21 @@ class HostTier:
         """
         self.release(slot)
         wanted = _blocks_of(num_pages)
-        reservation = Reservation(slot, self._free[:wanted])
+        reservation = Reservation(slot, dict(enumerate(self._free[:wanted])))
         del self._free[:wanted]
         self._reservations[slot] = reservation
         return reservation
 
-    def trim(self, reservation: Reservation, num_pages: int) -> None:
-        """Gives back the blocks past the first `num_pages` store pages.
+    def trim(self, reservation: Reservation, used: Iterable[range]) -> None:
+        """Gives back the blocks that hold none of the logical store pages in `used`.
 
         No effect on a reservation released meanwhile, whoever has its slot and blocks now.
         """
-        kept = _blocks_of(num_pages)
-        self._free += reservation.blocks[kept:]
-        del reservation.blocks[kept:]
+        kept = {
+            place for pages in used for place in range(pages.start // STORE_BLOCK, _blocks_of(pages.stop))
+        }
+        unused = [place for place in reservation.blocks if place not in kept]
+        self._free += [reservation.blocks.pop(place) for place in unused]
         # Two sorted runs: merged in one pass.
         self._free.sort()
 
@@ -142,7 +145,7 @@ class HostTier:
         """Gives back all that the slot has; no effect where it has nothing."""
         reservation = self._reservations.pop(slot, None)
         if reservation is not None:
-            self.trim(reservation, 0)
+            self.trim(reservation, ())
 
 
 def host_pool_bytes(options_gib: float | None, kv_bytes: int, budget: float, local_ranks: int) -> int:

@@ -183,7 +183,9 @@ class RecallBeginning:
         if state.tier is not None:
             wanted = shape.num_layers * shape.num_kv_heads * self._chunks
             self.reservation = state.tier.reserve(slot, wanted)
-            blocks = async_tensor_h2d(self.reservation.blocks, device=device, dtype=torch.int32)
+            blocks = async_tensor_h2d(
+                list(self.reservation.blocks.values()), device=device, dtype=torch.int32
+            )
             state.tables.store_blocks[slot, : len(blocks)].copy_(blocks)
 
     def take_layer(self, layer: int, dynamic: Tensor, pool: Tensor, blocks: Tensor) -> None:

@@ -236,7 +236,7 @@ def test_buffers_are_there_before_the_cache(tiny_model: Path, monkeypatch: pytes
         assert all(recall is state._tables.recall for recall in seen)
     seen.clear()
     with engine(tiny_model, options={**RECALL, "dynamic_tier": "off"}):
-        assert seen == [None]
+        assert set(seen) == {None}
 
 
 def test_an_interval_moves_fewer_chunks(tiny_model: Path) -> None:
@@ -337,10 +337,11 @@ def test_only_the_most_dynamic_heads_recall_where_not_all_fit(tiny_model: Path) 
                 assert sum(head.pages for head in heads) == report.arena_pages
                 assert grown(before) == {"landmarks_do_not_fit": len(dynamic) - TENTH_RECALLING}
                 if tier == "host":
-                    # The last of them, not their number, says how far: others' chunks lie in between.
-                    pages = (dynamic.index(recalled[-1]) + 1) * chunks
-                    assert pages > 64 > TENTH_RECALLING * chunks
-                    assert store_blocks_while_decoding(ours, ask) == -(-pages // 64)
+                    # Blocks that hold chunks of theirs; of the others, whose chunks lie between, none.
+                    starts = [dynamic.index(number) * chunks for number in recalled]
+                    blocks = {page // 64 for start in starts for page in range(start, start + chunks)}
+                    assert store_blocks_while_decoding(ours, ask) == len(blocks)
+                    assert max(blocks) >= len(blocks)
             together = ours.ask(asks)  # At once, prefixes cached.
         with recalling(tiny_model, **TENTH, dynamic_tier=tier, max_num_batched_tokens=96) as ours:
             chunked = ours.ask(asks)
@@ -400,7 +401,7 @@ def test_triton_kernels_answer_like_the_torch_kernels(tiny_model: Path) -> None:
     ask = Ask("picture", "What?", (picture(448, 448, 1),), params={"max_tokens": 4})
     given = {}
     for kernels in ("torch", "triton"):
-        with recalling(tiny_model, kernels=kernels) as ours:
+        with recalling(tiny_model, kernels=kernels, enforce_eager=True) as ours:
             given[kernels] = ours.ask([ask])[ask.name]
             assert read_heads()[0].recalled_share > 0
     assert_same(given["triton"], given["torch"], "triton")

@@ -29,7 +29,7 @@ def test_triton_kernels_answer_like_the_torch_kernels(tiny_model: Path) -> None:
         Ask("text", "Ships came home. " * 6, params={"max_tokens": 6}),
     ]
     options = {"budget": 0.25}
-    with engine(tiny_model, options={**options, "kernels": "torch"}) as ours:
+    with engine(tiny_model, options={**options, "kernels": "torch"}, enforce_eager=True) as ours:
         with_torch = ours.ask(asks)
     with engine(tiny_model, options={**options, "kernels": "triton"}, max_num_batched_tokens=72) as ours:
         with_triton = ours.ask(asks)

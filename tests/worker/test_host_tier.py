@@ -40,6 +40,22 @@ def refusal(caught: pytest.ExceptionInfo[HybridKVConfigError]) -> str:
     return message
 
 
+# Runs of used pages, as heads have them, also past the end.
+SPANS = st.lists(
+    st.builds(
+        lambda first, count: range(first, first + count),
+        st.integers(0, 8 * STORE_BLOCK),
+        st.integers(1, 3 * STORE_BLOCK),
+    ),
+    max_size=3,
+)
+
+
+def blocks_of(reservation: Reservation) -> list[int]:
+    """Ids of its blocks, by place."""
+    return list(reservation.blocks.values())
+
+
 class TierMachine(RuleBasedStateMachine):
     """Reserves, trims and releases in any order; reservations of the past are trimmed late."""
 
@@ -49,7 +65,7 @@ class TierMachine(RuleBasedStateMachine):
         self.free = set(range(POOL_BLOCKS))
         self.held: dict[int, Reservation] = {}
         self.past: list[Reservation] = []
-        self.expected: dict[int, list[int]] = {}
+        self.expected: dict[int, dict[int, int]] = {}
 
     @rule(slot=st.integers(0, SLOTS - 1), num_pages=st.integers(0, 8 * STORE_BLOCK))
     def reserve(self, slot: int, num_pages: int) -> None:
@@ -58,24 +74,29 @@ class TierMachine(RuleBasedStateMachine):
         blocks = sorted(self.free)[: (num_pages + STORE_BLOCK - 1) // STORE_BLOCK]
         reservation = self.tier.reserve(slot, num_pages)
         assert reservation.slot == slot
-        self.held[slot], self.expected[slot] = reservation, blocks
+        self.held[slot], self.expected[slot] = reservation, dict(enumerate(blocks))
         self.free -= set(blocks)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), num_pages=st.integers(0, 9 * STORE_BLOCK))
-    def trim(self, data: st.DataObject, num_pages: int) -> None:
+    @rule(data=st.data(), used=SPANS)
+    def trim(self, data: st.DataObject, used: list[range]) -> None:
+        """A block stays where one of its pages is used; what was given back before stays so."""
         slot = data.draw(st.sampled_from(sorted(self.held)))
-        self.tier.trim(self.held[slot], num_pages)
+        self.tier.trim(self.held[slot], used)
+        pages = {page for span in used for page in span}
         blocks = self.expected[slot]
-        kept = sum(index * STORE_BLOCK < num_pages for index in range(len(blocks)))
-        self.free |= set(blocks[kept:])
-        self.expected[slot] = blocks[:kept]
+        self.expected[slot] = {
+            place: block
+            for place, block in blocks.items()
+            if pages & set(range(place * STORE_BLOCK, (place + 1) * STORE_BLOCK))
+        }
+        self.free |= set(blocks.values()) - set(self.expected[slot].values())
 
     @precondition(lambda self: self.past)
-    @rule(data=st.data(), num_pages=st.integers(0, 4 * STORE_BLOCK))
-    def trim_late(self, data: st.DataObject, num_pages: int) -> None:
-        """The number arrives when the request is gone and another may have its slot and blocks."""
-        self.tier.trim(data.draw(st.sampled_from(self.past)), num_pages)
+    @rule(data=st.data(), used=SPANS)
+    def trim_late(self, data: st.DataObject, used: list[range]) -> None:
+        """The figures arrive when the request is gone and another may have its slot and blocks."""
+        self.tier.trim(data.draw(st.sampled_from(self.past)), used)
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def release(self, slot: int) -> None:
@@ -84,14 +105,14 @@ class TierMachine(RuleBasedStateMachine):
         self._forget(slot)
 
     def _forget(self, slot: int) -> None:
-        self.free |= set(self.expected.pop(slot, []))
+        self.free |= set(self.expected.pop(slot, {}).values())
         if slot in self.held:
             self.past.append(self.held.pop(slot))
 
     @invariant()
     def blocks_are_conserved_and_in_one_place(self) -> None:
         assert {slot: reservation.blocks for slot, reservation in self.held.items()} == self.expected
-        owned = [block for reservation in self.held.values() for block in reservation.blocks]
+        owned = [block for reservation in self.held.values() for block in reservation.blocks.values()]
         assert len(owned) == len(set(owned))
         assert len(owned) + self.tier.num_free_blocks == self.tier.num_blocks == POOL_BLOCKS
         assert self.tier.bytes_held == len(owned) * BLOCK_BYTES
@@ -100,7 +121,7 @@ class TierMachine(RuleBasedStateMachine):
         for slot in range(SLOTS):
             self.release(slot)
         assert (self.tier.num_free_blocks, self.tier.bytes_held) == (POOL_BLOCKS, 0)
-        assert self.tier.reserve(0, POOL_BLOCKS * STORE_BLOCK).blocks == list(range(POOL_BLOCKS))
+        assert blocks_of(self.tier.reserve(0, POOL_BLOCKS * STORE_BLOCK)) == list(range(POOL_BLOCKS))
 
 
 class TestTierMachine(TierMachine.TestCase):
@@ -121,17 +142,17 @@ def test_a_full_pool_gives_short_reservations_and_recovers() -> None:
     first = tier.reserve(0, 3 * STORE_BLOCK - 1)
     second = tier.reserve(1, 3 * STORE_BLOCK)
     third = tier.reserve(2, 1)
-    assert (first.blocks, second.blocks, third.blocks) == ([0, 1, 2], [3], [])
+    assert [blocks_of(r) for r in (first, second, third)] == [[0, 1, 2], [3], []]
     assert (first.num_pages, second.num_pages, third.num_pages) == (3 * STORE_BLOCK, STORE_BLOCK, 0)
-    tier.trim(first, STORE_BLOCK + 1)
-    assert first.blocks == [0, 1]
-    assert tier.reserve(2, 5 * STORE_BLOCK).blocks == [2]
+    tier.trim(first, [range(STORE_BLOCK - 1), range(2 * STORE_BLOCK, 2 * STORE_BLOCK + 1)])
+    assert first.blocks == {0: 0, 2: 2}
+    assert blocks_of(tier.reserve(2, 5 * STORE_BLOCK)) == [1]
     tier.release(0)
     tier.release(0)
-    assert first.blocks == []
+    assert not first.blocks
     # The freed blocks come first, in order, whatever the order in which they were freed.
     tier.release(1)
-    assert tier.reserve(3, 4 * STORE_BLOCK).blocks == [0, 1, 3]
+    assert blocks_of(tier.reserve(3, 4 * STORE_BLOCK)) == [0, 2, 3]
 
 
 def test_a_late_trim_leaves_the_next_owner_alone() -> None:
@@ -139,8 +160,8 @@ def test_a_late_trim_leaves_the_next_owner_alone() -> None:
     late = tier.reserve(0, 4 * STORE_BLOCK)
     tier.release(0)
     current = tier.reserve(0, 3 * STORE_BLOCK)
-    tier.trim(late, 0)
-    assert current.blocks == [0, 1, 2]
+    tier.trim(late, ())
+    assert blocks_of(current) == [0, 1, 2]
     assert tier.num_free_blocks == 1
 
 
