@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def _set(value: Any, *path: Any) -> Change:
         (_set("green", "data", 0, "response"), "none of its choices; correct the answer"),
         (_set(0, "data", 1, "sample_id"), "two samples of task ActionLocalization are called 0"),
         (_set("x", "data", 0, "task_instance"), "'images_path' is missing"),
+        (_set(5, "data"), r"ActionLocalization\.json: 'data' is no list"),
+        (_set(None, "data", 0, "task_instance", "images_path"), "sample 0: 'images_path' is no list"),
+        (_set(5, "data", 1, "task_instance", "choice_list"), "sample 1: 'choice_list' is no list"),
     ],
 )
 def test_mistakes_in_milebench_name_file_sample_and_remedy(
@@ -216,6 +220,28 @@ def test_an_lmms_eval_log_without_pictures_says_where_they_belong(tmp_path: Path
         open_folder("lmms-eval", tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"doc_id": "/x"}, "line 1: 'doc_id' '/x' cannot be a picture's name"),
+        ({"doc_id": "**"}, "line 1: no picture; lmms-eval logs none"),
+        ({"input_media": 5}, "line 1: 'input_media' is no list"),
+    ],
+)
+def test_mistakes_in_lmms_eval_logs_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_lines(tmp_path / "x_samples_t.jsonl", [lmms_line(0, **changes)])
+    save_picture(tmp_path / "images" / "t" / "9.png")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        open_folder("lmms-eval", tmp_path, None)
+
+
+def test_only_line_feeds_end_a_plain_line(tmp_path: Path) -> None:
+    line = {"id": 1, "task": "t", "question": "one\u2028two\u0085three", "answer": "x"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (sample,) = open_folder("jsonl", tmp_path, None)
+    assert shown(sample) == ["one\u2028two\u0085three"]
+
+
 def test_plain_lines_have_questions_pictures_and_choices(tmp_path: Path) -> None:
     save_picture(tmp_path / "p.png")
     lines = [
@@ -244,6 +270,15 @@ def test_plain_lines_have_questions_pictures_and_choices(tmp_path: Path) -> None
         ({"id": 1, "task": "t", "question": "q", "answer": "x", "images": ["no.png"]}, "no.png is missing"),
         ({"id": 1, "task": "t", "question": "q", "answer": "0", "choices": list(range(30))}, "30 choices"),
         (["a"], "'task' is missing"),
+        (
+            {"id": 1, "task": "t", "question": "q", "answer": "x", "choices": 5},
+            r"line 1: 'choices' is no list",
+        ),
+        ({"id": 1, "task": "t", "question": "q", "answer": "x", "images": 5}, r"line 1: 'images' is no list"),
+        (
+            {"id": 1, "task": "t", "question": "q", "answer": "x", "metric": ["words"]},
+            r"line 1: metric \['words'\] is none of",
+        ),
     ],
 )
 def test_mistakes_in_plain_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
@@ -260,6 +295,15 @@ def test_a_file_that_is_no_picture_is_found_when_its_turn_comes(tmp_path: Path) 
     samples = open_folder("jsonl", tmp_path, None)
     with pytest.raises(UsageError, match=r"t/1: .*p\.png is no readable picture"):
         list(samples)
+
+
+def test_a_picture_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    save_picture(tmp_path / "p.png")
+    line = {"id": 1, "task": "t", "question": "q", "answer": "x", "images": ["p.png"]}
+    write_lines(tmp_path / "q.jsonl", [line])
+    with pytest.raises(UsageError, match=r"t/1: .*p\.png is no readable picture \(Image size"):
+        list(open_folder("jsonl", tmp_path, None))
 
 
 def test_a_changed_annotation_is_another_identity(tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="something else than an evaluation"):
         claim_folder(tmp_path, {})
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "configuration.json").write_text("{")
+    for content in ("{", "[]"):
+        (tmp_path / "run" / "configuration.json").write_text(content)
+        with pytest.raises(UsageError, match="damaged"):
+            claim_folder(tmp_path / "run", {})
+    (tmp_path / "run" / "configuration.json").unlink()
+    (tmp_path / "run" / "configuration.json").mkdir()
     with pytest.raises(UsageError, match="damaged"):
         claim_folder(tmp_path / "run", {})

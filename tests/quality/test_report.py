@@ -86,6 +86,11 @@ def test_rouge_has_the_bootstraps_interval() -> None:
     assert condition.tasks["chain"].hops is None
 
 
+def test_an_answer_written_twice_counts_once_and_the_last_one_wins() -> None:
+    condition = summary([record(score=0.0), record(sample="s1", score=0.0), record(score=1.0)]).conditions[0]
+    assert (condition.n, condition.mean.value) == (2, 0.5)
+
+
 def test_tables_show_every_condition_and_task() -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     results = summary(records())

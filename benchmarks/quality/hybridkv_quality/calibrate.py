@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -29,8 +32,8 @@ examples:
   hybridkv calibrate Qwen/Qwen2.5-VL-7B-Instruct --out qwen.json
   hybridkv calibrate --out small.json --tokens 1024      (the suite's own small model)
 
-exit code: 0 done, 1 the file cannot be written or the run was stopped, 2 wrong arguments or a model that
-cannot be loaded
+exit code: 0 done, 1 writing the file failed or the run was stopped, 2 wrong arguments, a model that cannot
+be loaded or a file that cannot be written, found before the model runs
 """
 # Tasks whose later steps look elsewhere than the question does, and one that recites text.
 TASKS = "chain,multi_recall,order,text_needle,video"
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     try:
+        check_writable(args.out)
         profile = calibrate(
             args.model or str(model_folder()),
             args.tasks.split(","),
@@ -81,6 +85,25 @@ def run(args: argparse.Namespace) -> int:
         Console().print(_table(profile))
         print(f"serve with --additional-config.hybridkv.profile {args.out}")
     return exit_codes.OK
+
+
+def check_writable(out: Path) -> None:
+    """Sees that the file can be written, before minutes are spent on what is to be in it.
+
+    Raises:
+        ValueError: it is a folder, or cannot be written.
+    """
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it")
+    try:
+        if not out.exists():
+            # Folders that are missing are made in the end.
+            with TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.exists())):
+                return
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error}); name another file") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} may not be written; name another file")
 
 
 def calibrate(
@@ -119,20 +142,28 @@ def calibrate(
 
 
 def load_model(model: str) -> tuple[Any, Any]:
-    """A model that can be watched, in the precision it has on a GPU, else in fp32; and its processor."""
+    """A model that can be watched, in the precision it has on a GPU, else in fp32; and its processor.
+
+    Raises:
+        OSError: it is not to be had, or damaged.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     on_gpu = torch.cuda.is_available()
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto" if on_gpu else torch.float32, attn_implementation="sdpa"
-    )
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto" if on_gpu else torch.float32, attn_implementation="sdpa"
+        )
+    except SafetensorError as error:
+        raise OSError(f"{model}: its weights are damaged ({error}); fetch them again") from None
     return loaded.to("cuda" if on_gpu else "cpu").eval(), AutoProcessor.from_pretrained(model)
 
 
 def _table(profile: HeadProfile) -> Table:
     """Layers by KV heads, what moves in per cent."""
-    table = Table(title=f"attention that moves, % ({profile.model}, {profile.prompts} prompts)")
+    table = Table(title=f"attention that moves, % ({escape(profile.model)}, {profile.prompts} prompts)")
     table.add_column("layer", justify="right")
     for head in range(profile.shape[1]):
         table.add_column(f"KV head {head}", justify="right")

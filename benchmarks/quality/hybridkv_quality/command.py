@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
     for table in (summary_table(results), *task_tables(results)):
         console.print(table)
     for remark in remarks(results):
-        console.print(remark, highlight=False)
-    console.print(f"results, records and plots: {args.out}", highlight=False)
+        console.print(remark, highlight=False, markup=False, emoji=False)
+    console.print(f"results, records and plots: {args.out}", highlight=False, markup=False, emoji=False)
     return exit_codes.OK
 
 

@@ -25,8 +25,12 @@ def run_engine(job: EngineJob, log: Path) -> Iterator[Message]:
         log: file for the child's output, replaced.
 
     Raises:
-        EvalError: the child failed; carries the end of its log.
+        EvalError: the child failed; carries the end of its log. Or that cannot be written.
     """
+    try:
+        log.touch()
+    except OSError as error:
+        raise EvalError(f"--out {log.parent} cannot be written: {error}; correct it and go on") from None
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "hybridkv_quality.engine_child", str(writing)]
     # An engine of this process, if any, must not be counted with the child's.

@@ -11,7 +11,7 @@ from hybridkv_quality.environment import environment, model_digest
 from hybridkv_quality.progress import AnswerBar
 from hybridkv_quality.records import AnswerKey
 from hybridkv_quality.report import Results
-from hybridkv_quality.run_folder import RunFolder
+from hybridkv_quality.run_folder import run_folder
 from hybridkv_quality.settings import EngineJob, EngineSettings, Source
 from hybridkv_quality.sources import open_samples
 
@@ -40,32 +40,34 @@ def evaluate_engine(
         "options": engine.options,
         "samples": samples.identity(),
     }
-    folder = RunFolder(out, configuration)
-    with folder, AnswerBar() as bar:
-        names = samples.names()
-        wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
-        bar.expect(len(wanted - folder.done))
-        for policy, policy_budgets in conditions.budgets_by_policy.items():
-            missing = {key for key in wanted - folder.done if key.policy == policy}
-            if not missing:
-                continue
-            job = EngineJob(
-                source=source,
-                engine=engine,
-                policy=policy,
-                budgets=policy_budgets,
-                configuration=folder.digest,
-                done=frozenset(
-                    (key.task, key.sample, key.budget)
-                    for key in folder.done
-                    if key.policy == policy and key.budget is not None
-                ),
-                most_pictures=max(name.pictures for name in names),
-            )
-            bar.say(f"{policy}: starting")
-            for message in run_engine(job, out / f"engine-{policy}.log"):
-                bar.say(policy)
-                folder.take(message)
-                if message.record is not None:
-                    bar.advance()
-    return folder.finish(environment(), engine.seed)
+    with run_folder(out, configuration) as folder:
+        with AnswerBar() as bar:
+            names = samples.names()
+            wanted = {
+                AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names
+            }
+            bar.expect(len(wanted - folder.done))
+            for policy, policy_budgets in conditions.budgets_by_policy.items():
+                missing = {key for key in wanted - folder.done if key.policy == policy}
+                if not missing:
+                    continue
+                job = EngineJob(
+                    source=source,
+                    engine=engine,
+                    policy=policy,
+                    budgets=policy_budgets,
+                    configuration=folder.digest,
+                    done=frozenset(
+                        (key.task, key.sample, key.budget)
+                        for key in folder.done
+                        if key.policy == policy and key.budget is not None
+                    ),
+                    most_pictures=max(name.pictures for name in names),
+                )
+                bar.say(f"{policy}: starting")
+                for message in run_engine(job, out / f"engine-{policy}.log"):
+                    bar.say(policy)
+                    folder.take(message)
+                    if message.record is not None:
+                        bar.advance()
+        return folder.finish(environment(), engine.seed)

@@ -10,7 +10,7 @@ from hybridkv_quality.environment import environment
 from hybridkv_quality.progress import AnswerBar
 from hybridkv_quality.records import AnswerKey
 from hybridkv_quality.report import Results
-from hybridkv_quality.run_folder import RunFolder
+from hybridkv_quality.run_folder import run_folder
 from hybridkv_quality.sample import Sample
 from hybridkv_quality.server_target import OpenAIServer, ServerRun, ServerSettings
 from hybridkv_quality.settings import AS_SERVED, Source
@@ -40,25 +40,27 @@ def evaluate_server(out: Path, source: Source, settings: ServerSettings, budgets
         conditions: list[tuple[str, float | None]] = [(AS_SERVED, None)]
     else:
         conditions = list(Conditions.make([options.policy], budgets))
-    folder = RunFolder(out, configuration)
-    run = ServerRun(server, settings, folder.digest)
-    with folder, AnswerBar() as bar:
-        names = samples.names()
-        wanted = {AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names}
-        bar.expect(len(wanted - folder.done))
-        bar.say(server.policy)
-        for batch in in_batches(samples, settings.concurrency):
-            for policy, budget in conditions:
-                missing = [
-                    sample
-                    for sample in batch
-                    if AnswerKey(sample.task, sample.name, policy, budget) not in folder.done
-                ]
-                for message in run.answers(missing, budget):
-                    folder.take(message)
-                    if message.record is not None:
-                        bar.advance()
-    return folder.finish(environment(device=f"server at {settings.url}"), settings.seed)
+    with run_folder(out, configuration) as folder:
+        run = ServerRun(server, settings, folder.digest)
+        with AnswerBar() as bar:
+            names = samples.names()
+            wanted = {
+                AnswerKey(name.task, name.name, *condition) for condition in conditions for name in names
+            }
+            bar.expect(len(wanted - folder.done))
+            bar.say(server.policy)
+            for batch in in_batches(samples, settings.concurrency):
+                for policy, budget in conditions:
+                    missing = [
+                        sample
+                        for sample in batch
+                        if AnswerKey(sample.task, sample.name, policy, budget) not in folder.done
+                    ]
+                    for message in run.answers(missing, budget):
+                        folder.take(message)
+                        if message.record is not None:
+                            bar.advance()
+        return folder.finish(environment(device=f"server at {settings.url}"), settings.seed)
 
 
 def in_batches(samples: Samples, least: int) -> Iterator[list[Sample]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -69,7 +70,7 @@ class Entry:
         try:
             with Image.open(path) as picture:
                 return picture.convert("RGB")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(
                 f"{self.task}/{self.name}: {path} is no readable picture ({error}); fetch it again, or "
                 "take the sample out"
@@ -169,6 +170,12 @@ def _field(record: Any, name: str, where: str) -> Any:
     return record[name]
 
 
+def _items(value: Any, name: str, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: '{name}' is no list; is this the layout that --format says?")
+    return value
+
+
 def _read_milebench(reader: _Reader, tasks: Sequence[str] | None) -> None:
     """`TASK/TASK.json` with `meta_data` and `data`, pictures in `TASK/images` (github.com/MileBench)."""
     found = {file.stem: file for file in reader.folder.glob("*/*.json") if file.stem == file.parent.name}
@@ -179,7 +186,7 @@ def _read_milebench(reader: _Reader, tasks: Sequence[str] | None) -> None:
             raise UsageError(f"{file} is no JSON ({error}); fetch the data set again") from None
         meta = _field(content, "meta_data", str(file))
         instructions = _field(meta, "task_instruction", f"{file}, meta_data")
-        for number, record in enumerate(_field(content, "data", str(file))):
+        for number, record in enumerate(_items(_field(content, "data", str(file)), "data", str(file))):
             where = (
                 f"{file}, sample {record.get('sample_id', number) if isinstance(record, dict) else number}"
             )
@@ -194,8 +201,10 @@ def _milebench_entry(task: str, record: Any, instructions: Any, meta: Any, where
     except (LookupError, TypeError):
         raise UsageError(f"{where}: task_instruction_id {instruction_id!r} is not in meta_data") from None
     file, _, _ = where.rpartition(", sample ")
-    images = [Path(file).parent / "images" / str(name) for name in _field(instance, "images_path", where)]
-    choices = tuple(str(choice) for choice in instance.get("choice_list") or ())
+    names = _items(_field(instance, "images_path", where), "images_path", where)
+    images = [Path(file).parent / "images" / str(name) for name in names]
+    listed_choices = _items(instance.get("choice_list") or [], "choice_list", where)
+    choices = tuple(str(choice) for choice in listed_choices)
     answer = str(_field(record, "response", where)).strip()
     text = str(_field(instance, "context", where))
     if choices:
@@ -219,7 +228,8 @@ def _milebench_entry(task: str, record: Any, instructions: Any, meta: Any, where
 
 
 def _json_lines(reader: _Reader, file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(reader.text(file).splitlines(), 1):
+    # Strings may hold other ends of lines, such as U+2028, as they are.
+    for number, line in enumerate(reader.text(file).split("\n"), 1):
         if line.strip():
             where = f"{file}, line {number}"
             try:
@@ -251,15 +261,17 @@ def _read_lmms_eval(reader: _Reader, tasks: Sequence[str] | None) -> None:
 
 
 def _logged_pictures(folder: Path, task: str, document: str, record: Any, where: str) -> list[Path]:
+    if document.startswith("/"):
+        raise UsageError(f"{where}: 'doc_id' {document!r} cannot be a picture's name; correct it")
     own = re.compile(rf"{re.escape(document)}(?:-(\d+))?")
     numbered = [
         (int(match.group(1) or 0), path)
-        for path in (folder / "images" / task).glob(f"{document}*")
+        for path in (folder / "images" / task).glob(f"{glob.escape(document)}*")
         if path.suffix.lower() in PICTURE_TYPES and (match := own.fullmatch(path.stem))
     ]
     if numbered:
         return [path for _, path in sorted(numbered)]
-    media = record.get("input_media") or []
+    media = _items(record.get("input_media") or [], "input_media", where)
     if media:
         return [folder / str(path) for path in media]
     raise UsageError(
@@ -295,9 +307,9 @@ def _read_jsonl(reader: _Reader, tasks: Sequence[str] | None) -> None:
 
 
 def _jsonl_entry(folder: Path, task: str, record: Any, where: str) -> Entry:
-    choices = tuple(str(choice) for choice in record.get("choices") or ())
+    choices = tuple(str(choice) for choice in _items(record.get("choices") or [], "choices", where))
     metric = record.get("metric", "choice" if choices else "contains")
-    if metric not in ANSWER_TOKENS:
+    if not isinstance(metric, str) or metric not in ANSWER_TOKENS:
         raise UsageError(f"{where}: metric {metric!r} is none of {', '.join(ANSWER_TOKENS)}")
     question = str(_field(record, "question", where))
     if not has_letters(choices):
@@ -305,7 +317,7 @@ def _jsonl_entry(folder: Path, task: str, record: Any, where: str) -> Entry:
     if choices:
         question += "\n" + "\n".join(f"{letter(i)}. {choice}" for i, choice in enumerate(choices))
         question += "\nAnswer with the letter only."
-    pictures = [folder / str(path) for path in record.get("images") or ()]
+    pictures = [folder / str(path) for path in _items(record.get("images") or [], "images", where)]
     answer = str(_field(record, "answer", where)).strip()
     parts = _interleave(question, pictures)
     return Entry(task, str(_field(record, "id", where)), parts, answer, metric, choices)

@@ -89,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> tuple[RequestHeads, ServerOptions]:
     from hybridkv_quality.server_target import OpenAIServer, ServerSettings
 
+    if args.budget is not None and not 0 < args.budget <= 1:
+        raise UsageError(f"--budget must be above 0 and at most 1, got {args.budget:g}")
+    if args.out.is_dir():
+        raise UsageError(f"--out {args.out} is a folder; name a file in it")
     if args.ask is None and not args.picture and args.budget is not None:
         raise UsageError("--budget is of a question: add --ask or --picture")
     sample = _sample(args) if args.ask is not None or args.picture else None
@@ -112,7 +116,7 @@ def _sample(args: argparse.Namespace) -> Sample:
     for path in args.picture:
         try:
             parts.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise UsageError(f"--picture {path}: {error}") from None
     if args.ask is not None:
         parts.append(args.ask)

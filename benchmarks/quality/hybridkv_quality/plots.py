@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from hybridkv_quality.report import MIB, ConditionResult, Results
 from hybridkv_quality.settings import FULL
 from hybridkv_vllm.observe.heads import RequestHeads
 
+# Names of tasks are no formulas, whatever dollar signs they have.
+matplotlib.rcParams["text.parse_math"] = False
 DPI = 150
 # Its heads are shown: they are what the method is about.
 SHOWN_POLICY = "hybridkv"
@@ -36,11 +40,11 @@ def plot_all(results: Results, heads: Sequence[HeadsExample], folder: Path) -> N
         accuracy_by_task(shown, results.tasks(), budget, folder / f"tasks_at_{budget:g}.png")
     for task in results.tasks():
         if any(c.tasks[task].hops for c in results.conditions if task in c.tasks):
-            accuracy_by_hop(results, task, folder / f"hops_{task}.png")
+            accuracy_by_hop(results, task, folder / f"hops_{_file_name(task)}.png")
     for example in smallest_budgets(heads):
         tokens = example.heads.prompt_tokens
         title = f"{example.policy} {example.budget:g}, {example.task}: a prompt of {tokens} tokens"
-        file = folder / f"heads_{example.task}.png"
+        file = folder / f"heads_{_file_name(example.task)}.png"
         draw_heads(example.heads, example.classifier, example.theta, title, file)
 
 
@@ -193,6 +197,14 @@ def _error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     return [[100 * (e.value - e.low) for e in estimates], [100 * (e.high - e.value) for e in estimates]]
 
 
+def _file_name(task: str) -> str:
+    """The task's name if it can be part of a file's, else one that is like it and unlike any other's."""
+    if re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII):
+        return task
+    return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', task)[:100]}-{zlib.crc32(task.encode()):08x}"
+
+
 def _save(figure: Any, file: Path) -> None:
-    figure.savefig(file, dpi=DPI)
+    # Without a suffix, Matplotlib would add one to the name that was asked for.
+    figure.savefig(file, dpi=DPI, format=None if file.suffix else "png")
     plt.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
@@ -152,7 +153,9 @@ class JsonLines(Generic[Line]):
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            # What a full disk left of the last line; `append` has said so.
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
     def append(self, line: Line) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field
 from rich.table import Table
+from rich.text import Text
 
 from hybridkv_quality.environment import Environment
 from hybridkv_quality.intervals import Estimate, Scored, suite_mean, wilson
@@ -75,7 +76,8 @@ def summarise(
 ) -> Results:
     """Results of all records; the full cache first, then policies by name and budgets downwards."""
     groups: dict[tuple[str, float | None], list[Record]] = defaultdict(list)
-    for record in records:
+    # One answer each, the last: a folder that two runs wrote at once has some twice.
+    for record in {record.key: record for record in records}.values():
         groups[record.policy, record.budget].append(record)
     order = sorted(groups, key=lambda key: (key[0] != FULL, key[0], -(key[1] or 0)))
     return Results(
@@ -148,7 +150,7 @@ def summary_table(results: Results) -> Table:
     for condition in results.conditions:
         memory = condition.memory
         table.add_row(
-            condition.policy,
+            Text(condition.policy),
             "" if condition.budget is None else f"{condition.budget:g}",
             str(condition.n),
             _percent(condition.mean),
@@ -169,12 +171,12 @@ def task_tables(results: Results) -> Iterator[Table]:
         table.add_column("task")
         table.add_column("n", justify="right")
         for condition in conditions:
-            table.add_column(condition.policy, justify="right")
+            table.add_column(Text(condition.policy), justify="right")
         for task in results.tasks():
             shown = [c.tasks.get(task) for c in conditions]
             counts = sorted({result.n for result in shown if result is not None})
             cells = ("-" if result is None else _percent(result.accuracy) for result in shown)
-            table.add_row(task, "-".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))), *cells)
+            table.add_row(Text(task), "-".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))), *cells)
         yield table
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import httpx
 import openai
@@ -25,10 +28,22 @@ from hybridkv_vllm.plan import PAGE_TOKENS, arena_blocks, ceil_pages
 # The OpenAI client's own.
 KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT_SECONDS = 600
+# The list of models costs a server nothing.
+MODELS_SECONDS = 10
 # The client waits longer from try to try: about half a minute in all.
 RETRIES = 6
 # A prompt's figures may reach the server's files a moment after its answer.
 HEADS_SECONDS = 2.0
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    """What is read of a server's list of models."""
+
+    data: list[_Model]
 
 
 class ServerSettings(BaseModel):
@@ -79,6 +94,8 @@ class OpenAIServer:
         """
         self._settings = settings
         key = os.environ.get(KEY_VARIABLE) or "none"
+        if not key.isascii():
+            raise UsageError(f"{KEY_VARIABLE} has a character that is not ASCII; set it to the server's key")
         self._client = openai.OpenAI(
             base_url=settings.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=RETRIES
         )
@@ -94,8 +111,19 @@ class OpenAIServer:
 
     def _find_model(self) -> str:
         url, wanted = self._settings.url, self._settings.model
+        client = self._client.with_options(max_retries=0, timeout=MODELS_SECONDS)
         try:
-            served = [model.id for model in self._client.with_options(max_retries=1).models.list()]
+            answer = client.models.with_raw_response.list()
+            served = [model.id for model in _Models.model_validate_json(answer.content).data]
+        except openai.APITimeoutError:
+            raise UsageError(
+                f"--url {url}: no list of models within {MODELS_SECONDS} s; wait until the server is ready, "
+                "or correct the URL"
+            ) from None
+        except ValidationError:
+            raise UsageError(
+                f"--url {url} is no OpenAI server: /models is no list of models; correct the URL"
+            ) from None
         except openai.APIConnectionError as error:
             raise UsageError(
                 f"--url {url}: no server answers ({error.__cause__ or error}); start it, or correct the URL"
@@ -132,17 +160,19 @@ class OpenAIServer:
         """One answer, greedy; transient errors are tried again.
 
         Raises:
-            EvalError: the server refuses the request, or does not answer any more.
+            EvalError: the server refuses the request, answers something else, or not any more.
         """
         extra = {} if budget is None else {"vllm_xargs": {"hybridkv_budget": budget}}
         try:
-            return self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=self.model,
                 messages=http_chat(sample),  # type: ignore[arg-type]
                 max_tokens=sample.max_tokens,
                 temperature=0,
                 extra_body=extra,
             )
+        except json.JSONDecodeError:
+            raise self._no_completion(sample) from None
         except openai.APIStatusError as error:
             raise EvalError(
                 f"{sample.task}/{sample.name}: the server says HTTP {error.status_code}: {error.message}; "
@@ -154,6 +184,22 @@ class OpenAIServer:
                 f"{self._settings.url} does not answer any more ({error.__cause__ or error}); answers so far "
                 "are kept, start the server again and run the same command to go on"
             ) from None
+        try:
+            # The client hands on whatever came, a page of HTML as well.
+            _text(completion)
+        except (AttributeError, LookupError, TypeError):
+            raise self._no_completion(sample) from None
+        return completion
+
+    def _no_completion(self, sample: Sample) -> EvalError:
+        return EvalError(
+            f"{sample.task}/{sample.name}: {self._settings.url} answers with no chat completion; answers so "
+            "far are kept. Correct the URL or the server; the same command then goes on"
+        )
+
+
+def _text(completion: ChatCompletion) -> str:
+    return completion.choices[0].message.content or ""
 
 
 class ServerRun:
@@ -172,10 +218,11 @@ class ServerRun:
             budget: None to leave it to the server.
 
         Raises:
-            EvalError: see `OpenAIServer.ask`.
+            EvalError: see `OpenAIServer.ask`; after the other answers of its group.
         """
         for start in range(0, len(samples), KEPT_REQUESTS):
-            for reply in self._ask_group(samples[start : start + KEPT_REQUESTS], budget):
+            replies, failure = self._ask_group(samples[start : start + KEPT_REQUESTS], budget)
+            for reply in replies:
                 yield Message(kind="record", record=self._record(reply, budget))
                 shown = reply.sample.task, budget
                 options = self._server.options
@@ -185,16 +232,60 @@ class ServerRun:
                         reply.sample, self._policy(budget), budget, options, reply.heads
                     )
                     yield Message(kind="heads", heads=example)
+            if failure is not None:
+                raise failure
 
-    def _ask_group(self, samples: Sequence[Sample], budget: float | None) -> list[Reply]:
+    def _ask_group(
+        self, samples: Sequence[Sample], budget: float | None
+    ) -> tuple[list[Reply], BaseException | None]:
+        """The answers that came, and what went wrong with the first one that did not."""
         before = self._server.stats() if self._server.options else None
-        with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            completions = list(pool.map(lambda sample: self._server.ask(sample, budget), samples))
-        replies = [Reply(sample, completion) for sample, completion in zip(samples, completions, strict=True)]
+        futures = self._ask_all(samples, budget)
+        failure = next((error for future in futures if (error := future.exception()) is not None), None)
+        replies = [
+            Reply(sample, future.result())
+            for sample, future in zip(samples, futures, strict=True)
+            if future.exception() is None
+        ]
         after = self._server.stats() if before is not None else None
-        if before is None or after is None:
-            return replies
-        return self._with_memory(replies, before, after)
+        if before is not None and after is not None:
+            replies = self._with_memory(replies, before, after)
+        return replies, failure
+
+    def _ask_all(self, samples: Sequence[Sample], budget: float | None) -> list[Future[ChatCompletion]]:
+        """Asks all samples, so many at once as the settings say, and waits for them.
+
+        The threads are daemons: those of a ThreadPoolExecutor would hold up the end of the command after
+        Ctrl-C for as long as the server hangs, and closing the client does not wake a thread that reads.
+        """
+        futures: list[Future[ChatCompletion]] = [Future() for _ in samples]
+        waiting: SimpleQueue[tuple[Sample, Future[ChatCompletion]]] = SimpleQueue()
+        for item in zip(samples, futures, strict=True):
+            waiting.put(item)
+
+        def work() -> None:
+            while True:
+                try:
+                    sample, future = waiting.get_nowait()
+                except Empty:
+                    return
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(self._server.ask(sample, budget))
+                except Exception as error:
+                    # For the thread that waits.
+                    future.set_exception(error)
+
+        for _ in range(min(self._settings.concurrency, len(samples))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            raise
+        return futures
 
     def _with_memory(self, replies: Sequence[Reply], before: Stats, after: Stats) -> list[Reply]:
         """Adds what the counters say, if they changed by just what these prompts account for."""
@@ -237,7 +328,7 @@ class ServerRun:
 
     def _record(self, reply: Reply, budget: float | None) -> Record:
         sample, tokens = reply.sample, reply.prompt_tokens
-        output = reply.completion.choices[0].message.content or ""
+        output = _text(reply.completion)
         usage = reply.completion.usage
         cached = usage.prompt_tokens_details.cached_tokens if usage and usage.prompt_tokens_details else None
         held = self._held(reply, budget)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +116,51 @@ def digest(configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def make_folder(out: Path) -> None:
+    """Makes the folder if it is missing.
+
+    Raises:
+        UsageError: it is a file, or there can be no folder.
+    """
+    with writing(out, UsageError, "name another folder"):
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file; name a folder")
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(out: Path, error_type: type[EvalError], remedy: str) -> Iterator[None]:
+    """Names the folder where its files cannot be read or written: no permission, a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise error_type(f"--out {out} cannot be written: {error}; {remedy}") from None
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps a second run off the folder, which would ask for and write down the same answers.
+
+    Raises:
+        UsageError: another run has it.
+    """
+    folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UsageError(
+            f"--out {out} is in use by another run; wait for its end, or name another folder"
+        ) from None
+    except OSError:
+        # A network file system that locks no folders: there a run goes on unguarded.
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def claim_folder(out: Path, configuration: Mapping[str, Any]) -> str:
     """Makes the folder this configuration's, or checks that it is.
 
@@ -124,9 +172,7 @@ def claim_folder(out: Path, configuration: Mapping[str, Any]) -> str:
     Raises:
         UsageError: the folder is another configuration's, or no folder.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     wanted = json.loads(json.dumps(configuration, default=str))
     file = out / "configuration.json"
     if not file.exists():
@@ -136,8 +182,10 @@ def claim_folder(out: Path, configuration: Mapping[str, Any]) -> str:
         return digest(wanted)
     try:
         found = json.loads(file.read_text())
-    except ValueError:
-        raise UsageError(f"{file} is damaged; name a new folder with --out") from None
+    except (ValueError, IsADirectoryError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is damaged; name a new folder with --out")
     changed = [
         f"{name} (there {found.get(name)!r}, now {wanted.get(name)!r})"
         for name in sorted({*wanted, *found})
