@@ -140,6 +140,17 @@ class HybridKVScheduler(Scheduler):
             setattr(output, GRANTS_ATTRIBUTE, grants)
         return output
 
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """As in vLLM; blocks of a chunk that will not run after all leave the prefix cache before they go.
+
+        By priority a request can be preempted in the step that has scheduled it. vLLM (0.32, 0.33) has
+        registered the chunk's blocks by then, and whoever hits them reads what lay there before.
+        """
+        blocks = self.hybridkv_manager.req_to_blocks.get(request.request_id, ())
+        not_computed = blocks[request.num_computed_tokens // PAGE_TOKENS :]
+        self.kv_cache_manager.evict_blocks({block.block_id for block in not_computed})
+        super()._preempt_request(request, *args, **kwargs)
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:

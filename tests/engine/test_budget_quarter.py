@@ -13,6 +13,7 @@ from engines import (
     Answer,
     Ask,
     Engine,
+    answers,
     assert_same,
     crowd,
     engine,
@@ -248,3 +249,41 @@ def test_what_routers_hear_of_the_prefix_cache_is_there(tiny_model: Path) -> Non
         assert heard
         assert heard <= {maybe_convert_block_hash(get_block_hash(key)) for key in cached}
     assert published == {page for output in outputs for page in pages(output.prompt_token_ids)}
+
+
+def test_a_chunk_that_never_ran_leaves_nothing_in_the_prefix_cache(tiny_model: Path) -> None:
+    """By priority a request is preempted in the step that has scheduled it: stock vLLM is wrong then."""
+    low = Ask("low", "V " + SCENE * 18, params={"max_tokens": 8})
+    high = Ask("high", "H " + SCENE * 2 + "x y " * 3, params={"max_tokens": 16}, raw=True)
+    options = {"budget": 0.05, "dynamic_tier": "off"}
+    with engine(tiny_model, options=options, max_model_len=448) as ours:
+        (expected,) = ours.ask([low]).values()
+    settings = {
+        "max_model_len": 448,
+        "max_num_batched_tokens": 128,
+        "long_prefill_token_threshold": 64,
+        "scheduling_policy": "priority",
+        "num_gpu_blocks_override": 32,
+    }
+    with engine(tiny_model, options=options, **settings) as ours:
+        preempt, registered = ours.scheduler._preempt_request, []
+
+        def watch(request: Request, *args: Any, **kwargs: Any) -> None:
+            blocks = ours.manager.req_to_blocks[request.request_id]
+            not_computed = blocks[request.num_computed_tokens // PAGE_TOKENS :]
+            registered.append(sum(block.block_hash is not None for block in not_computed))
+            preempt(request, *args, **kwargs)
+
+        ours.scheduler._preempt_request = watch
+        running = ours.llm.llm_engine
+        running.add_request("low", low.prompt(), low.sampling(), priority=5)
+        running.step()
+        for number in range(3):
+            more = {"extra_args": {"hybridkv_enabled": False}, "skip_reading_prefix_cache": True}
+            running.add_request(str(number), high.prompt(), high.sampling(**more), priority=0)
+        outputs = {}
+        while running.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in running.step() if output.finished}
+        assert max(registered) > 0
+        assert_same(answers(outputs["low"]), expected, "low")
+        ours.assert_empty()
