@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -28,6 +27,10 @@ class _Tensor(BaseModel):
     def loaded_bytes(self, itemsize: int) -> int:
         begin, end = self.data_offsets
         return math.prod(self.shape) * itemsize if self.dtype in FLOATS else end - begin
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
 
 
 # The strings are what a file tells of itself.
@@ -81,12 +84,16 @@ def _part(name: str) -> str:
 def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
     try:
         if (folder / INDEX).is_file():
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-            files = [folder / name for name in sorted(names)]
+            index = _Index.model_validate_json((folder / INDEX).read_bytes())
+            files = [folder / name for name in sorted(set(index.weight_map.values()))]
         else:
             files = sorted(folder.glob("model*.safetensors"))
         headers = [_header(file) for file in files]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError:
+        raise ValueError(
+            f"the weights in {folder} cannot be read: {INDEX} has no weight_map from weights to files"
+        ) from None
+    except OSError as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     for header in headers:
         yield from ((name, tensor) for name, tensor in header.items() if isinstance(tensor, _Tensor))

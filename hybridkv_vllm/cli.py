@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
-import math
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from hybridkv_quality import calibrate, inspection
 from hybridkv_quality import command as evaluation
 from hybridkv_serving import command as bench
-from rich.console import Console
 
 from hybridkv_vllm import __version__, exit_codes, shapes
+
+# Beyond any machine, and within what the estimate counts with.
+MOST_TOKENS = 2**30
+MOST_HOST_GIB = 1e9
+# What ends a command from outside, besides Ctrl-C: `timeout`, systemd, a CI job, a terminal that closes.
+STOPS = (signal.SIGTERM, signal.SIGHUP)
+# How a write to an open file fails.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -24,7 +36,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
-        Console().print(findings_table(findings))
+        bench.console().print(findings_table(findings))
     return exit_codes.PROBLEM if any(finding.status == "problem" for finding in findings) else exit_codes.OK
 
 
@@ -44,12 +56,14 @@ def _tiny_model(args: argparse.Namespace) -> int:
 
 
 def _tokens(text: str) -> int:
-    """A number of tokens; `32k` is 32,768.
-
-    Raises:
-        ValueError: no number.
-    """
-    return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
+    """A number of tokens; `32k` is 32,768."""
+    try:
+        tokens = int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, such as 32768 or 32k") from None
+    if tokens > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be at most {MOST_TOKENS}")
+    return tokens
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -57,13 +71,16 @@ def _plan(args: argparse.Namespace) -> int:
 
     try:
         folder = Path(args.model)
-        if args.model not in shapes.MODELS and not folder.is_dir():
+        if args.model not in shapes.MODELS and not os.path.isdir(folder):
             known = ", ".join(shapes.MODELS)
             raise ValueError(f"--model {args.model} is no local folder, and none of {known}")
         if args.gpu not in shapes.GPUS:
             raise ValueError(f"--gpu {args.gpu} is none of {', '.join(shapes.GPUS)}")
-        if args.host_pool_gib is not None and not 0 < args.host_pool_gib < math.inf:
-            raise ValueError(f"--host-pool-gib must be a number above 0, got {args.host_pool_gib}")
+        if args.host_pool_gib is not None and not 0 < args.host_pool_gib <= MOST_HOST_GIB:
+            raise ValueError(
+                f"--host-pool-gib must be a number above 0 and at most {MOST_HOST_GIB:g}, "
+                f"got {args.host_pool_gib}"
+            )
         shape = shapes.MODELS.get(args.model) or shapes.read_shape(folder)
         workload = shapes.Workload(
             context=args.context,
@@ -85,7 +102,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**estimate.as_json(), "assumptions": sizing.ASSUMPTIONS}, indent=2))
         return exit_codes.OK
-    console = Console()
+    console = bench.console()
     console.print(sizing.table(estimate))
     console.print("Assumed: " + "; ".join(sizing.ASSUMPTIONS) + ".", soft_wrap=False)
     return exit_codes.OK
@@ -180,14 +197,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Stops as Ctrl-C does; once, because `timeout` says it twice, and the first must end the servers."""
+    del number, frame
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _orderly_stops() -> Iterator[None]:
+    """Within the block `STOPS` do as Ctrl-C does, so that servers are not left behind with their GPU.
+
+    Only the main thread may set handlers; what is ignored, as by `nohup`, stays so.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {stop: signal.getsignal(stop) for stop in STOPS if in_main}
+    before = {stop: handler for stop, handler in handlers.items() if handler != signal.SIG_IGN}
+    for stop in before:
+        signal.signal(stop, _stop)
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+def _drop_output() -> None:
+    """What standard output still holds goes nowhere: Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns one of `exit_codes`."""
-    args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        with _orderly_stops():
+            try:
+                args = build_parser().parse_args(argv)
+                return int(args.run(args))
+            finally:
+                # Here, where it may fail; not `sys.stdout.flush()`: there may be no standard output.
+                print(end="", flush=True)
     except KeyboardInterrupt:
         print("hybridkv: stopped", file=sys.stderr)
-        return exit_codes.PROBLEM
+    except BrokenPipeError:
+        # Who read it has read enough.
+        _drop_output()
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        _drop_output()
+        print(f"hybridkv: the output cannot be written: {error.strerror}; free some space", file=sys.stderr)
+    return exit_codes.PROBLEM
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
+
+from hybridkv_vllm.errors import HybridKVConfigError
 
 VLLM_VERSIONS = ((0, 32), (0, 34))
 ENDPOINT_PLUGIN = "hybridkv_api"
@@ -141,7 +144,11 @@ def _plugin() -> Finding:
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    load_general_plugins()
+    try:
+        load_general_plugins()
+    except HybridKVConfigError as refusal:
+        found, _, remedy = str(refusal).rpartition("; ")
+        return Finding("plugin", "problem", found, remedy)
     try:
         path = AttentionBackendEnum["HYBRIDKV"].get_path()
     except ValueError as error:
@@ -195,6 +202,7 @@ def findings_table(findings: list[Finding]) -> Table:
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table("", "what", "found", "what to do")
     for finding in findings:
-        mark = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(mark, finding.subject, finding.found, finding.remedy)
+        mark = Text(finding.status, colours[finding.status])
+        # As they are: rich would take a [gpu] in a string for markup.
+        table.add_row(mark, *map(Text, (finding.subject, finding.found, finding.remedy)))
     return table

@@ -28,13 +28,14 @@ BACKEND_PATH = "hybridkv_vllm.attention.backend.HybridKVBackend"
 @functools.cache
 def register() -> None:
     """Called by vLLM in every process: API server, engine core, workers."""
+    # First: what follows may refuse.
+    _report_refusals_in_one_line()
     prepare_directory()
     _register_backend()
     _register_spec()
     _patch_config_check()
     _patch_cpu_selector()
     _patch_request_check()
-    _report_refusals_in_one_line()
 
 
 def _register_backend() -> None:

@@ -116,13 +116,13 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], timeou
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks the server to end; after a while ends its whole process group."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+    """Asks the server to end; after a while, or at another Ctrl-C, ends its whole process group."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybridkv_vllm.checkpoint import Weights, read_weights
 from hybridkv_vllm.plan import PAGE_TOKENS, Tier
 
 if TYPE_CHECKING:
     from hybridkv_kernels.recall.layout import LandmarkKind
+
+_Item = TypeVar("_Item")
 
 GB, MIB, GIB = 10**9, 2**20, 2**30
 # What a config.json calls a layer whose KV cache holds every token. The last two name its feed-forward part.
@@ -225,15 +227,18 @@ def read_shape(folder: Path) -> ModelShape:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder}/config.json is no JSON object")
-    text = config.get("text_config") or config.get("llm_config") or config
+    nested = next((name for name in ("text_config", "llm_config") if config.get(name)), None)
+    text = config if nested is None else config[nested]
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder}/config.json: {nested} must be a JSON object, got {text!r}")
     weights = read_weights(folder, ModelShape.itemsize)
-    if problem := _problem(config, text, weights):
-        raise ValueError(f"{folder}/config.json: {problem}")
     try:
+        if problem := _problem(config, text, weights):
+            raise ValueError(problem)
         heads, hidden = _size(text, "num_attention_heads"), _size(text, "hidden_size")
         return ModelShape(
             name=str(folder),
@@ -262,9 +267,22 @@ def _size(text: Mapping[str, Any], name: str, otherwise: int | None = None) -> i
     return size
 
 
+def _count(text: Mapping[str, Any], name: str) -> int:
+    """A number of the configuration, or 0 where it is absent, null or 0."""
+    return _size(text, name) if text.get(name) else 0
+
+
+def _listed(text: Mapping[str, Any], name: str, kind: type[_Item]) -> list[_Item]:
+    """A list of the configuration, empty where it is absent or null."""
+    items = text.get(name) or []
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise ValueError(f"{name} must be a list of {kind.__name__}, got {items!r}")
+    return items
+
+
 def _problem(config: Mapping[str, Any], text: Mapping[str, Any], weights: Weights | None) -> str | None:
     """Why the numbers would be wrong: what the server refuses, and weights of another size."""
-    kinds = set(text.get("layer_types") or ()) - FULL_ATTENTION
+    kinds = set(_listed(text, "layer_types", str)) - FULL_ATTENTION
     if text.get("kv_lora_rank"):
         return "the model uses multi-head latent attention (MLA), which HybridKV does not serve"
     if kinds or (text.get("sliding_window") and text.get("use_sliding_window", True)):
@@ -279,12 +297,12 @@ def _problem(config: Mapping[str, Any], text: Mapping[str, Any], weights: Weight
 
 def _experts(text: Mapping[str, Any]) -> Experts | None:
     """The experts of a configuration, by the names that published models have for them."""
-    number = next((_size(text, name) for name in EXPERTS if text.get(name)), 0)
+    number = next(filter(None, (_count(text, name) for name in EXPERTS)), 0)
     if not number:
         return None
     size = _size(text, "moe_intermediate_size", text["intermediate_size"])
-    shared = text.get("shared_expert_intermediate_size") or size * (text.get("n_shared_experts") or 0)
-    layers, every = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
-    first, named = text.get("first_k_dense_replace") or 0, text.get("mlp_only_layers") or ()
+    shared = _count(text, "shared_expert_intermediate_size") or size * _count(text, "n_shared_experts")
+    layers, every = text["num_hidden_layers"], _count(text, "decoder_sparse_step") or 1
+    first, named = _count(text, "first_k_dense_replace"), _listed(text, "mlp_only_layers", int)
     dense = [layer for layer in range(layers) if layer < first or layer in named or (layer + 1) % every]
     return Experts(number, _size(text, "num_experts_per_tok"), size, shared, len(dense))

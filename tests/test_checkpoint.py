@@ -100,11 +100,24 @@ def test_a_file_that_is_none_is_named(header: bytes, tmp_path: Path) -> None:
             read_weights(tmp_path, 2)
 
 
-@pytest.mark.parametrize("index", ["[]", "{]", "{}", '{"weight_map": null}', '{"weight_map": []}'])
-def test_an_index_that_is_none_is_named(index: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"[]",
+        b"{]",
+        b"{}",
+        b'{"weight_map": null}',
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"\xff": "a"}}',
+    ],
+)
+def test_an_index_that_is_none_is_named(index: bytes, tmp_path: Path) -> None:
     write(tmp_path, {})
-    (tmp_path / INDEX).write_text(index)
-    with pytest.raises(ValueError, match=r"the weights in .* cannot be read: "):
+    (tmp_path / INDEX).write_bytes(index)
+    with pytest.raises(
+        ValueError, match=r"the weights in .* cannot be read: model\.safetensors\.index\.json"
+    ):
         read_shape(tmp_path)
 
 

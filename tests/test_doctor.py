@@ -91,6 +91,7 @@ def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: p
             "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
         ),
         ("VLLM_PLUGINS", "other", "plugin", "add it: VLLM_PLUGINS=other,hybridkv"),
+        ("HYBRIDKV_METRICS_DIR", "/dev/null/new", "plugin", "name another folder, or unset it"),
     ],
 )
 def test_a_problem_is_named_with_its_remedy(name: str, value: str, subject: str, remedy: str) -> None:
@@ -99,6 +100,17 @@ def test_a_problem_is_named_with_its_remedy(name: str, value: str, subject: str,
     (problem,) = problems(done)
     assert (problem.subject, problem.remedy) == (subject, remedy)
     assert value in problem.found
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = doctor.Finding("vllm", "problem", "[/x] :smile:", "pip install 'hybridkv-vllm[gpu]'")
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: finding,))
+    assert main(["doctor"]) == exit_codes.PROBLEM
+    shown = capsys.readouterr().out
+    assert finding.found in shown
+    assert finding.remedy in shown
 
 
 def test_a_check_that_breaks_is_a_finding(

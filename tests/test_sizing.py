@@ -176,6 +176,7 @@ COMMON = {
     "intermediate_size": 256,
     "vocab_size": 1000,
 }
+EIGHT = {"num_experts": 8, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,13 @@ def test_experts_are_found_under_their_names(
         ({"num_key_value_heads": "8"}, "json: num_key_value_heads must be a whole number above 0, got '8'"),
         ({"head_dim": -1}, "json: head_dim must be a whole number above 0, got -1"),
         ({"hidden_size": None}, "hidden_size must be a whole number above 0, got None"),
+        ({"layer_types": 5}, "json: layer_types must be a list of str, got 5"),
+        ({"layer_types": [["a"]]}, r"json: layer_types must be a list of str, got \[\['a'\]\]"),
+        ({**EIGHT, "mlp_only_layers": 3}, "json: mlp_only_layers must be a list of int, got 3"),
+        (
+            {**EIGHT, "n_shared_experts": "2"},
+            "json: n_shared_experts must be a whole number above 0, got '2'",
+        ),
     ],
 )
 def test_a_model_whose_numbers_would_be_wrong_is_refused(
@@ -247,6 +255,19 @@ def test_a_model_whose_numbers_would_be_wrong_is_refused(
 def test_a_config_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["text_config", "llm_config"])
+def test_a_part_that_is_no_object_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({name: 5}))
+    with pytest.raises(ValueError, match=rf"config\.json: {name} must be a JSON object, got 5"):
+        read_shape(tmp_path)
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: "):
         read_shape(tmp_path)
 
 
@@ -285,6 +306,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> No
         (["--model", "Qwen/Qwen2.5-VL-72B-Instruct"], "use more ranks"),
         (["--model", SEVEN_B.name, "--gpu", "tpu"], "--gpu tpu is none of"),
         (["--model", SEVEN_B.name, "--host-pool-gib", "inf"], "--host-pool-gib must be a number above 0"),
+        (["--model", SEVEN_B.name, "--host-pool-gib", "1e308"], "above 0 and at most 1e+09, got 1e+308"),
+        (["--model", "a" * 300], "is no local folder, and none of Qwen/"),
         (["--model", SEVEN_B.name, "--host-pool-gib", "-1"], "--host-pool-gib must be a number above 0"),
         # vLLM divides neither 28 query heads among 3 ranks, nor 4 KV heads among 7.
         (["--model", SEVEN_B.name, "--tensor-parallel-size", "3"], "cannot be divided among 3 ranks"),
@@ -297,3 +320,35 @@ def test_wrong_arguments_are_refused(
     usual = ["plan", "--gpu", "h100", "--context", "32k"]
     assert main([*usual, *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ("1e5", "'1e5': write a whole number, such as 32768 or 32k"),
+        ("k", "'k': write a whole number, such as 32768 or 32k"),
+        ("99999999999999999999k", "'99999999999999999999k': must be at most 1073741824"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--context", "--answer"])
+def test_a_number_of_tokens_that_is_none_is_refused(
+    option: str, tokens: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", SEVEN_B.name, "--gpu", "h100", "--context", "32k", option, tokens])
+    assert ended.value.code == 2
+    assert f"argument {option}: {says}" in capsys.readouterr().err
+
+
+def test_the_longest_prompt_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    most = ["--context", "1048576k", "--answer", "1048576k", "--host-pool-gib", "1e9"]
+    assert main(["plan", "--model", SEVEN_B.name, "--gpu", "h100", *most]) == 0
+    assert "requests at once" in capsys.readouterr().out
+
+
+def test_the_name_of_a_folder_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "m [b]:smile: [" / "b]x"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(COMMON))
+    assert main(["plan", "--model", str(folder), "--gpu", "h100", "--context", "32k"]) == 0
+    assert "m [b]:smile: [/b]x on h100" in " ".join(capsys.readouterr().out.split())

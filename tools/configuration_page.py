@@ -36,8 +36,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "routes are off; `hybridkv,hybridkv_api` switches them on.",
     "VLLM_USE_V2_MODEL_RUNNER": "vLLM's. `0` chooses Model Runner V1, with which HybridKV does not start.",
     "VLLM_API_KEY": "vLLM's. The HTTP routes that tell figures ask for the same key.",
-    "HYBRIDKV_METRICS_DIR": "Folder of the metrics files. Unset, the server makes a temporary one, and sets "
-    "the variable for its own processes. Two servers must not share one.",
+    "HYBRIDKV_METRICS_DIR": "Folder of the metrics files, made if it is missing. Unset, the server makes a "
+    "temporary one, and sets the variable for its own processes. Two servers must not share one.",
     "HYBRIDKV_OVERLAP": "`0` launches a layer's kernels one after the other. Unset, they overlap on NVIDIA "
     "GPUs from Hopper on.",
     "PROMETHEUS_MULTIPROC_DIR": "vLLM sets it where several API servers share their metrics; HybridKV's then "

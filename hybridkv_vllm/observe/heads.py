@@ -24,6 +24,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 # Requests whose heads are kept, and requests that are listed.
 KEPT_REQUESTS = 16
 LISTED_REQUESTS = 64
+# Characters of an id that a report keeps: a client chooses it, and may choose megabytes.
+LONGEST_ID = 256
 
 
 class HeadTables(BaseModel):
@@ -65,6 +67,14 @@ class RankRecord(BaseModel):
     heads: HeadTables | None
 
 
+def _shorten(request_id: str) -> str:
+    """Both ends of a long id: what a client calls its request, and what vLLM adds to tell it from others."""
+    if len(request_id) <= LONGEST_ID:
+        return request_id
+    half = LONGEST_ID // 2
+    return f"{request_id[: half - 1]}\N{HORIZONTAL ELLIPSIS}{request_id[-half:]}"
+
+
 class HeadsReport:
     """One rank's file.
 
@@ -83,13 +93,13 @@ class HeadsReport:
         """Adds a compressed request; the 64 latest stay, a request compressed again replaces itself.
 
         Args:
-            request_id: vLLM's id, the same on all ranks.
+            request_id: vLLM's id, the same on all ranks; a long one is shortened.
             plan: what the scheduler decided about its prompt.
             compress_seconds: the device's time for this rank's layers.
             heads: what became of them; kept for the 16 latest requests.
         """
         record = RankRecord(
-            request_id=request_id,
+            request_id=_shorten(request_id),
             recorded_at=time.time(),
             prompt_tokens=plan.num_tokens,
             arena_blocks=plan.arena_size,
@@ -101,7 +111,7 @@ class HeadsReport:
             num_kept=sum(map(sum, heads.kept_tokens)),
             heads=heads,
         )
-        self._records.pop(request_id, None)
+        self._records.pop(record.request_id, None)
         self._put(record)
         if len(self._records) > LISTED_REQUESTS:
             del self._records[next(iter(self._records))]
@@ -109,7 +119,7 @@ class HeadsReport:
 
     def end(self, request_id: str, chunks_hit: int, chunks_recalled: int) -> None:
         """Adds how many chunks an ended request chose that were on the GPU already, and how many others."""
-        texts = self._records.get(request_id)
+        texts = self._records.get(_shorten(request_id))
         if texts is None:
             return
         record = RankRecord.model_validate_json(texts[0])

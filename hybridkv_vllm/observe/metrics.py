@@ -22,6 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.plan import PromptPlan
 
 DIRECTORY_VARIABLE = "HYBRIDKV_METRICS_DIR"
@@ -84,10 +85,22 @@ def prepare_directory() -> None:
     """Gives this process and its children a directory for the files, and the API server its collector.
 
     Called by the plugin in every process, first in the API server, whose environment the others inherit.
+
+    Raises:
+        HybridKVConfigError: the directory that was named cannot be made or written to.
     """
     if DIRECTORY_VARIABLE not in os.environ:
         os.environ[DIRECTORY_VARIABLE] = _own_directory().name
-    _register_collector(os.environ[DIRECTORY_VARIABLE])
+    directory = os.environ[DIRECTORY_VARIABLE]
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise HybridKVConfigError(
+            f"{DIRECTORY_VARIABLE}={directory} cannot be written to ({error.strerror}); "
+            "name another folder, or unset it"
+        ) from None
+    _register_collector(directory)
 
 
 @functools.cache

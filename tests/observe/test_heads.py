@@ -19,6 +19,7 @@ from hybridkv_vllm.observe import heads
 from hybridkv_vllm.observe.heads import (
     KEPT_REQUESTS,
     LISTED_REQUESTS,
+    LONGEST_ID,
     HeadsReport,
     HeadTables,
     heads_report,
@@ -221,6 +222,23 @@ def test_the_last_16_requests_stay(directory: Path) -> None:
     for number in range(40, 45):
         record(report, number)
     assert [name for name in names() if name in ("r8", "r9", "r10", "r11")] == ["r9", "r11"]
+
+
+def test_long_ids_are_shortened_and_still_told_apart(directory: Path) -> None:
+    """A client may choose megabytes; vLLM adds what tells requests apart at the end."""
+    report = heads_report(0, 0, 0)
+    longest = "b" * LONGEST_ID
+    for name in ("chatcmpl-" + "a" * 3_000_000 + "-1", "chatcmpl-" + "a" * 3_000_000 + "-2", longest):
+        record(report, 1, name=name)
+    report.end("chatcmpl-" + "a" * 3_000_000 + "-1", 3, 1)
+    listed = {request.request_id: request.hit_rate for request in read_requests()}
+    assert len(listed) == 3
+    assert listed.pop(longest) is None
+    for name, hit_rate in listed.items():
+        assert len(name) == LONGEST_ID
+        assert name.startswith("chatcmpl-aaa")
+        assert hit_rate == (0.75 if name.endswith("aaa-1") else None)
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 20_000
 
 
 def test_the_last_64_requests_are_listed(directory: Path) -> None:

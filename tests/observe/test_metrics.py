@@ -14,8 +14,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
+from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.observe import metrics
 from hybridkv_vllm.observe.metrics import (
     COMPRESS_BUCKETS,
+    DIRECTORY_VARIABLE,
     LABELLED,
     METRICS,
     LiveCollector,
@@ -91,6 +94,29 @@ def serve_registry(connection: Connection) -> None:
     while True:
         connection.recv()
         connection.send(generate_latest(REGISTRY).decode())
+
+
+def test_a_folder_that_is_not_there_is_made(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = directory / "new" / "one"
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry())
+    prepare_directory()
+    # Nobody else is to read or write there.
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.iterdir()) == []
+    prepare_directory()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "file").touch()
+    for folder in (directory / "file", directory / "file" / "new"):
+        monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
+        with pytest.raises(HybridKVConfigError) as refused:
+            prepare_directory()
+        assert str(refused.value).startswith(
+            f"hybridkv: {DIRECTORY_VARIABLE}={folder} cannot be written to ("
+        )
+        assert str(refused.value).endswith("); name another folder, or unset it")
 
 
 def test_every_name_shows_zero_from_the_start(directory: Path) -> None:

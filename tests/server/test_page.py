@@ -424,6 +424,12 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab(figures: Figures, open_tab:
         tab.page.goto(address)
         tab.expect_state("The server asks for its API key.")
         assert tab.page.locator("#requests tr").count() == 0
+        # No header can carry this one, of which an editor has made a long dash: the form says so and stays.
+        tab.page.fill("#key", "open\N{EM DASH}sesame")
+        tab.page.keyboard.press("Enter")
+        assert "no long dashes" in (tab.page.get_attribute("#key:invalid", "title") or "")
+        assert tab.page.evaluate("sessionStorage.length") == 0
+        tab.expect_state("The server asks for its API key.")
         tab.page.fill("#key", "wrong")
         tab.page.keyboard.press("Enter")
         tab.expect_state("The server does not take this API key.")
