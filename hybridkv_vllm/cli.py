@@ -19,6 +19,7 @@ from hybridkv_quality import command as evaluation
 from hybridkv_serving import command as bench
 
 from hybridkv_vllm import __version__, exit_codes, shapes
+from hybridkv_vllm.terminal import standard_output
 
 # Beyond any machine, and within what the estimate counts with.
 MOST_TOKENS = 2**30
@@ -36,7 +37,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
-        bench.console().print(findings_table(findings))
+        standard_output().print(findings_table(findings))
     return exit_codes.PROBLEM if any(finding.status == "problem" for finding in findings) else exit_codes.OK
 
 
@@ -102,7 +103,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**estimate.as_json(), "assumptions": sizing.ASSUMPTIONS}, indent=2))
         return exit_codes.OK
-    console = bench.console()
+    console = standard_output()
     console.print(sizing.table(estimate))
     console.print("Assumed: " + "; ".join(sizing.ASSUMPTIONS) + ".", soft_wrap=False)
     return exit_codes.OK

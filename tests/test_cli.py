@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hybridkv_serving import command as bench
 from hybridkv_serving.figures import COLUMNS
 from rich.table import Table
 
 from hybridkv_vllm import cli, exit_codes
+from hybridkv_vllm.terminal import standard_output
 
 COMMAND = Path(sys.executable).with_name("hybridkv")
 PLAN = ["plan", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--gpu", "h200", "--context", "32k"]
@@ -147,7 +147,7 @@ def test_tables_in_a_pipe_are_not_cut(
     words = ["figure 1,234,567"] * len(COLUMNS)
     table = Table(*COLUMNS)
     table.add_row(*words)
-    bench.console().print(table)
+    standard_output().print(table)
     assert capsys.readouterr().out.count("1,234,567") == len(COLUMNS)
 
 

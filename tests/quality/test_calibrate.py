@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hybridkv_quality import calibrate
 from hybridkv_quality.model_path import model_folder
-from rich.console import Console
 
 from hybridkv_vllm.cli import main
 from hybridkv_vllm.profile import HeadProfile, read_profile
+from hybridkv_vllm.terminal import standard_output
 
 
 def test_the_head_that_looks_up_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +87,7 @@ def test_damaged_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_model_in_brackets_is_shown_as_it_is() -> None:
     profile = HeadProfile(model="[red]m", tasks=["chain"], tokens=1, prompts=1, share=0.1, moving=[[0.0]])
-    console = Console(width=100)
+    console = standard_output()
     with console.capture() as captured:
         console.print(calibrate._table(profile))
     assert "([red]m," in " ".join(captured.get().split())

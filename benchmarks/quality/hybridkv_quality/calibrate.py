@@ -12,13 +12,13 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from hybridkv_quality.model_path import model_folder
 from hybridkv_vllm import exit_codes
 from hybridkv_vllm.profile import HeadProfile
+from hybridkv_vllm.terminal import standard_output
 
 DESCRIPTION = """\
 Finds out, once for a model, which KV heads look elsewhere at each step of an answer: those that must not be
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(profile.model_dump_json(indent=1))
     else:
-        Console().print(_table(profile))
+        standard_output().print(_table(profile))
         print(f"serve with --additional-config.hybridkv.profile {args.out}")
     return exit_codes.OK
 
@@ -163,7 +163,7 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 def _table(profile: HeadProfile) -> Table:
     """Layers by KV heads, what moves in per cent."""
-    table = Table(title=f"attention that moves, % ({escape(profile.model)}, {profile.prompts} prompts)")
+    table = Table(title=f"attention that moves, % ({profile.model}, {profile.prompts} prompts)")
     table.add_column("layer", justify="right")
     for head in range(profile.shape[1]):
         table.add_column(f"KV head {head}", justify="right")

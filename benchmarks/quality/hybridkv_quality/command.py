@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.settings import EvalError, UsageError, checked_options
 from hybridkv_vllm import exit_codes
+from hybridkv_vllm.terminal import standard_output
 
 DESCRIPTION = """\
 Measures what compression costs: asks a model the questions of a suite under several policies and budgets,
@@ -35,8 +34,6 @@ exit code: 0 done, 1 an engine or a server failed (run again to go on), 2 wrong 
 """
 POLICIES = "hybridkv,snapkv"
 BUDGETS = "0.05,0.1,0.2,0.5,1.0"
-# Of tables in a file or a pipe.
-FILE_WIDTH = 180
 # Import name and what brings it.
 NEEDED = {"matplotlib": "plots", "PIL": "pictures"}
 NEEDED_FOR_URL = {"openai": "--url", "httpx": "--url"}
@@ -138,14 +135,12 @@ def run(args: argparse.Namespace) -> int:
         return exit_codes.OK
     from hybridkv_quality.report import remarks, summary_table, task_tables
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = standard_output()
     for table in (summary_table(results), *task_tables(results)):
         console.print(table)
     for remark in remarks(results):
-        console.print(remark, highlight=False, markup=False, emoji=False)
-    console.print(f"results, records and plots: {args.out}", highlight=False, markup=False, emoji=False)
+        console.print(remark, highlight=False)
+    console.print(f"results, records and plots: {args.out}", highlight=False)
     return exit_codes.OK
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridkv_quality.command import FILE_WIDTH
 from hybridkv_quality.model_path import model_folder
 from rich.console import Console
 from rich.table import Table
 
 from hybridkv_serving.kinds import KINDS, Kind
 from hybridkv_vllm import exit_codes
+from hybridkv_vllm.terminal import standard_output
 
 if TYPE_CHECKING:
     from hybridkv_serving.figures import Figures, Report
@@ -111,19 +111,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(report.model_dump_json(indent=1))
     else:
-        shown = console()
+        shown = standard_output()
         _print(report, shown)
         shown.print(f"results: {out}", highlight=False)
     return exit_codes.PROBLEM if any(figures.failed for figures in report.figures) else exit_codes.OK
-
-
-def console() -> Console:
-    """Standard output; without a terminal wide enough for every table.
-
-    Names of models and folders appear as they are: rich would take a [b] in them for markup.
-    """
-    shown = Console(markup=False, emoji=False)
-    return shown if shown.is_terminal else Console(width=FILE_WIDTH, markup=False, emoji=False)
 
 
 def _problem(args: argparse.Namespace) -> str | None:
