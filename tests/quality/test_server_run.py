@@ -250,6 +250,8 @@ def url_with_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        # From here on a client waits, where it would be refused until the thread is that far.
+        listener.listen()
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
