@@ -143,10 +143,11 @@ def _check_options(vllm_config: VllmConfig, params: Any) -> None:
 
 
 def _check_request(engine: Any, prompt: Any, params: Any) -> None:
-    """The same check of a rendered prompt; the API process forgets the pictures of one that is refused.
+    """The same check of a rendered prompt; the API process forgets the new pictures of one that is refused.
 
     Its cache believes by now that the engine has them: the next request with such a picture would send none,
-    and be answered with HTTP 500 (read in vLLM 0.32, `MultiModalCacheMissError`).
+    and be answered with HTTP 500 (read in vLLM 0.32, `MultiModalCacheMissError`). A picture without data is
+    one that the engine has from an earlier request: both caches keep it, and what they drop stays the same.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -155,9 +156,11 @@ def _check_request(engine: Any, prompt: Any, params: Any) -> None:
     except VLLMValidationError:
         cache = engine.renderer.mm_processor_cache
         if cache is not None and isinstance(prompt, Mapping):
-            for hashes in (prompt.get("mm_hashes") or {}).values():
-                for mm_hash in hashes:
-                    cache.invalidate(mm_hash)
+            items_of = prompt.get("mm_kwargs") or {}
+            for modality, hashes in (prompt.get("mm_hashes") or {}).items():
+                for mm_hash, item in zip(hashes, items_of[modality], strict=True):
+                    if item is not None:
+                        cache.invalidate(mm_hash)
         raise
 
 

@@ -21,7 +21,7 @@ from hybridkv_vllm.plugin import install_worker_hooks
 
 if TYPE_CHECKING:
     from hybridkv_vllm.attention.builder import HybridKVMetadata
-    from hybridkv_vllm.worker.compress import CompressionLog
+    from hybridkv_vllm.worker.compression_log import CompressionLog
     from hybridkv_vllm.worker.tables import RequestTables
 
 

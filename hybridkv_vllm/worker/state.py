@@ -28,7 +28,8 @@ from hybridkv_vllm.observe.metrics import worker_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
 from hybridkv_vllm.profile import read_profile
 from hybridkv_vllm.startup import model_shape
-from hybridkv_vllm.worker.compress import CompressionLog, PrefillEnd
+from hybridkv_vllm.worker.compress import PrefillEnd
+from hybridkv_vllm.worker.compression_log import CompressionLog
 from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks, store_block_bytes
 from hybridkv_vllm.worker.recall import RecallState
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_work, page_pool
@@ -213,8 +214,8 @@ class HybridKVModelState(DefaultModelState):
             if slot in self._tables.grants:
                 self._log.end(req_id, slot)
             self._tables.reset(slot)
-            # The last request's figures must not wait for a next one.
-            self._log.collect()
+            if not self._slots:
+                self._log.drain()
 
     def preprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """vLLM calls this for real batches only, just before `prepare_attn`."""

@@ -37,6 +37,8 @@ class Observer:
         assert isinstance(state, HybridKVModelState)
         self._tables = state._tables
         assert self._tables is not None
+        assert state._log is not None
+        self._log = state._log
         assert self._tables.recall is not None
         for owner, name, see in (
             (ours.scheduler, "add_request", self._see_arrival),
@@ -46,6 +48,10 @@ class Observer:
             (self._tables.recall, "decode", self._see_step),
         ):
             patch.setattr(owner, name, seen_by(getattr(owner, name), see))
+
+    def collect(self) -> None:
+        """Lets the worker count what has arrived."""
+        self._log.collect()
 
     @property
     def num_kv_heads(self) -> int:

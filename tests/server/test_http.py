@@ -494,13 +494,25 @@ def test_bad_options_are_http_400(
 def test_a_picture_that_came_with_bad_options_is_no_loss(
     server: Server, endpoint: str, messages: str, kind: str, value: Any, text: str, limit: str
 ) -> None:
-    """It had been prepared when the request was refused, and never reached the engine."""
+    """It had been prepared when the request was refused, and never reached the engine.
+
+    One that the engine has already stays known: the last request sends no pixels.
+    """
+
+    def cache_hits() -> float:
+        found = re.search(r"^vllm:mm_cache_hits_total{.*} (\S+)$", server.get("/metrics").text, re.M)
+        assert found
+        return float(found[1])
+
     content = [{"type": kind, "image_url": value}, {"type": text, "text": QUESTION}]
     body = {"model": MODEL, messages: [{"role": "user", "content": content}], limit: 2}
-    for budget, status in ((7, httpx.codes.BAD_REQUEST), (0.5, httpx.codes.OK)):
+    before = cache_hits()
+    for budget, status in ((7, httpx.codes.BAD_REQUEST), (0.5, httpx.codes.OK)) * 2:
         asked = {**body, "vllm_xargs": {"hybridkv_budget": budget}}
         answer = httpx.post(f"{server.url}/v1/{endpoint}", json=asked, timeout=60)
         assert answer.status_code == status, answer.text
+    settled(server)
+    assert cache_hits() - before == 2
 
 
 def test_options_of_others_are_left_alone(client: OpenAI) -> None:
