@@ -109,12 +109,14 @@ def _patch_request_check() -> None:
 
     vLLM validates its own parameters in `_validate_params` and offers plugins no hook but a logits
     processor, which would cost every sampling step. `AsyncLLM.generate` gets there only once its first
-    output is awaited, when a streamed answer has sent its status 200; so its call is checked too.
+    output is awaited, when a streamed answer has sent its status 200; so its call is checked too. The
+    Responses API calls even that only once its stream is read (see `_install_server_hooks`).
     """
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
-    validate, generate = InputProcessor._validate_params, AsyncLLM.generate
+    validate, generate, create = InputProcessor._validate_params, AsyncLLM.generate, AsyncLLM.__init__
 
     @functools.wraps(validate)
     def checked_validate(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,8 +128,15 @@ def _patch_request_check() -> None:
         _check_request(self, prompt, sampling_params)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
+    @functools.wraps(create)
+    def checked_create(self: AsyncLLM, *args: Any, **kwargs: Any) -> None:
+        create(self, *args, **kwargs)
+        if kwargs.get("usage_context") is UsageContext.OPENAI_API_SERVER:
+            _install_server_hooks()
+
     InputProcessor._validate_params = checked_validate
     AsyncLLM.generate = checked_generate
+    AsyncLLM.__init__ = checked_create
 
 
 def _check_options(vllm_config: VllmConfig, params: Any) -> None:
@@ -165,11 +174,10 @@ def _check_request(engine: Any, prompt: Any, params: Any) -> None:
 
 
 @functools.cache
-def install_server_hooks() -> None:
-    """Checks options where the Responses API builds its stream; called when the routes are added.
+def _install_server_hooks() -> None:
+    """Checks options where the Responses API builds its stream, before it has sent a status.
 
-    It calls `AsyncLLM.generate` only once the stream is read (read in vLLM 0.32). Not in `register`: the API
-    server's modules must not be imported in other processes.
+    Not in `register`: the API server's modules must not be imported in other processes.
     """
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 

@@ -28,7 +28,6 @@ from hybridkv_vllm.observe.heads import (
 )
 from hybridkv_vllm.observe.metrics import read_samples
 from hybridkv_vllm.observe.page import page_headers, page_html
-from hybridkv_vllm.plugin import install_server_hooks
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -132,8 +131,6 @@ class HybridKVEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the page, `GET /hybridkv`, and what it reads: `/hybridkv/stats`, `/requests` and `/heads`."""
-        install_server_hooks()
-
         def check_key(sent: Bearer) -> None:
             if not self._accepts(sent.credentials if sent is not None else ""):
                 raise HTTPException(HTTPStatus.UNAUTHORIZED, "send the server's API key as a bearer token")

@@ -452,6 +452,15 @@ def test_a_video(client: OpenAI, server: Server, tmp_path: Path) -> None:
     assert_counted(server, before, served(answer, visual_end=answer.usage.prompt_tokens - 14))
 
 
+def assert_streams_are_refused(server: Server, xargs: Mapping[str, Any], message: str) -> None:
+    """Before they start, with a status and not inside the stream."""
+    for endpoint, prompt in (("completions", {"prompt": [1, 2, 3]}), ("responses", {"input": "Hi"})):
+        body = {"model": MODEL, **prompt, "vllm_xargs": xargs, "stream": True}
+        streamed = httpx.post(f"{server.url}/v1/{endpoint}", json=body, timeout=60)
+        assert streamed.status_code == httpx.codes.BAD_REQUEST, endpoint
+        assert message in streamed.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("xargs", "message"), REFUSED, ids=[json.dumps(xargs) for xargs, _ in REFUSED])
 def test_bad_options_are_http_400(
     client: OpenAI, server: Server, xargs: dict[str, Any], message: str
@@ -464,21 +473,7 @@ def test_bad_options_are_http_400(
     assert "\n" not in caught.value.body["message"]
     assert caught.value.body["param"] == "vllm_xargs"
     assert not Counters(server).since(before)
-    # A stream is refused before it starts, with a status and not inside the stream.
-    streamed = httpx.post(
-        server.url + "/v1/completions",
-        timeout=60,
-        json={"model": MODEL, "prompt": [1, 2, 3], "vllm_xargs": xargs, "stream": True},
-    )
-    assert streamed.status_code == httpx.codes.BAD_REQUEST
-    assert message in streamed.json()["error"]["message"]
-    streamed = httpx.post(
-        server.url + "/v1/responses",
-        timeout=60,
-        json={"model": MODEL, "input": "Hi", "vllm_xargs": xargs, "stream": True},
-    )
-    assert streamed.status_code == httpx.codes.BAD_REQUEST
-    assert message in streamed.json()["error"]["message"]
+    assert_streams_are_refused(server, xargs, message)
     # The server goes on.
     assert ask(client, max_tokens=2).usage.completion_tokens == 2
 
@@ -756,6 +751,8 @@ def test_engines_and_api_servers_count_together_also_without_the_routes(
     with serve(tiny_model, arguments, tmp_path / "log", environment=environment) as it:
         for path in ("/hybridkv", "/hybridkv/", "/hybridkv/stats", "/hybridkv/requests", "/hybridkv/heads"):
             assert httpx.get(it.url + path, timeout=60).status_code == httpx.codes.NOT_FOUND
+        xargs, message = REFUSED[0]
+        assert_streams_are_refused(it, xargs, message)
         before = settled(it)
         with OpenAI(base_url=it.url + "/v1", api_key="none", max_retries=0) as client:
             given = [ask(client, extra_headers={"X-data-parallel-rank": str(rank)}) for rank in (0, 1)]
