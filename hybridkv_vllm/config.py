@@ -61,7 +61,7 @@ class ServerOptions(BaseModel):
     landmark: LandmarkKind = Field(
         default="sketch2", description="What the GPU keeps of a dynamic head's chunk to score it."
     )
-    dynamic_tier: Literal["host", "gpu", "off"] = Field(
+    dynamic_tier: Tier = Field(
         default="host",
         description="Where a dynamic head's chunks live: in host memory, or in the prompt's own blocks "
         "on the GPU, which are then not given back; `off` prunes every head.",
@@ -71,7 +71,7 @@ class ServerOptions(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="Pinned host memory for the chunks of dynamic heads, GiB a rank; by default the ranks "
-        "of a node share a quarter of its memory.",
+        "of a node share a quarter of its memory, and none takes more than its KV cache / budget.",
     )
     recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
     pin_first_chunks: int = Field(

@@ -98,11 +98,10 @@ def _device() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from hybridkv_vllm.worker.host_tier import GIB, host_pool_bytes
+    from hybridkv_vllm.worker.host_tier import GIB, node_share
 
-    # With a KV cache beyond all bounds the default is this node's share alone.
-    share = host_pool_bytes(None, sys.maxsize, 1.0, 1) / GIB
-    return Finding("host memory", "ok", f"{share:.1f} GiB by default for dynamic heads, all ranks together")
+    share = f"up to {node_share() / GIB:.1f} GiB"
+    return Finding("host memory", "ok", f"{share} by default for dynamic heads, all ranks together")
 
 
 def _harness() -> Finding:

@@ -79,6 +79,11 @@ class PromptPlan:
         return self.num_tokens // PAGE_TOKENS
 
     @property
+    def window_in_arena(self) -> int:
+        """Window tokens in full blocks; those in the partial block stay in the tail."""
+        return max(0, self.window - self.num_tokens % PAGE_TOKENS)
+
+    @property
     def last_chunk_start(self) -> int:
         """Latest position at which the last prefill chunk may start: the window must be whole."""
         return max(0, self.num_tokens - max(self.window, MIN_LAST_CHUNK))

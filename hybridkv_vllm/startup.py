@@ -101,14 +101,13 @@ def _check_host_pool(vllm_config: VllmConfig, options: ServerOptions) -> None:
     A worker checks its own machine too, but its line would drown in the tracebacks of three processes.
 
     Raises:
-        HybridKVConfigError: see `host_pool_bytes`.
+        HybridKVConfigError: see `requested_pool_bytes`.
     """
     if options.recall_tier != "host" or options.host_pool_gib is None:
         return
-    from hybridkv_vllm.worker.host_tier import host_pool_bytes, local_ranks
+    from hybridkv_vllm.worker.host_tier import local_ranks, requested_pool_bytes
 
-    ranks = local_ranks(vllm_config.parallel_config)
-    host_pool_bytes(options.host_pool_gib, 0, options.budget_share, ranks)
+    requested_pool_bytes(options.host_pool_gib, local_ranks(vllm_config.parallel_config))
 
 
 def _model_problems(vllm_config: VllmConfig) -> Iterator[str]:

@@ -78,7 +78,7 @@ def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: p
     monkeypatch.setattr("hybridkv_vllm.worker.host_tier._node_memory", lambda: 50 * 2**30)
     finding = doctor._host_memory()
     assert finding.status == "ok"
-    assert finding.found.startswith("12.5 GiB by default")
+    assert finding.found.startswith("up to 12.5 GiB by default")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,17 @@ vLLM drops `vllm_xargs` where `use_beam_search` is on: the server's options hold
 
     curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '
 """
+OFFLINE = """\
+## Without a server
+
+<!-- not run: needs a GPU -->
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM("MODEL", attention_backend="hybridkv", additional_config={"hybridkv": {"budget": 0.1}})
+    outputs = llm.chat(messages, SamplingParams(extra_args={"hybridkv_budget": 0.2, "hybridkv_report": True}))
+    outputs[0].kv_transfer_params["hybridkv"]          # what became of the prompt
+"""
 VARIABLES = """\
 ## Environment variables
 
@@ -130,6 +141,7 @@ def sections() -> Iterator[str]:
     yield f"{REQUESTS}    {lines}'\n"
     for name, schema in options(RequestOptions).items():
         yield f"### `{name}`\n\n{schema['description']}\n\nValue: {values(schema)}.\n"
+    yield OFFLINE
     yield VARIABLES + "".join(f"| `{name}` | {meaning} |\n" for name, meaning in ENVIRONMENT.items())
 
 

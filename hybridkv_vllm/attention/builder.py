@@ -95,9 +95,10 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
         """See vLLM's base class."""
         del common_prefix_len, fast_build
         common, tables = common_attn_metadata, self._impl.tables
-        bounds = common.query_start_loc_cpu
-        query_lens = bounds[1:] - bounds[:-1]
-        num_decodes = int((query_lens <= 1).sum())
+        num_decodes = common.num_reqs
+        if common.max_query_len > 1:
+            bounds = common.query_start_loc_cpu
+            num_decodes = int((bounds[1:] - bounds[:-1] <= 1).sum())
         metadata = HybridKVMetadata()
         if num_decodes:
             row_slot, row_len = tables.row_slot[:num_decodes], common.seq_lens[:num_decodes]

@@ -62,6 +62,7 @@ def slice_rows(common: CommonAttentionMetadata, rows: slice) -> CommonAttentionM
         positions=None,
         is_prefilling=None if common.is_prefilling is None else common.is_prefilling[rows],
         req_idx=None if common.req_idx is None else common.req_idx[rows],
+        # What vLLM has cached is of the whole batch (private fields, read in 0.32.0 and 0.33.0).
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

@@ -131,6 +131,7 @@ class HybridKVEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the page, `GET /hybridkv`, and what it reads: `/hybridkv/stats`, `/requests` and `/heads`."""
+
         def check_key(sent: Bearer) -> None:
             if not self._accepts(sent.credentials if sent is not None else ""):
                 raise HTTPException(HTTPStatus.UNAUTHORIZED, "send the server's API key as a bearer token")

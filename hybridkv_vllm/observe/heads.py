@@ -1,12 +1,13 @@
 """What became of the last compressed prompts and their KV heads: workers write it, the API server reads it.
 
-A rank writes one JSON file into the metrics directory, anew for each prompt. It is replaced in one go, so
-that a reader sees the old or the new one, never part of one.
+A rank has one JSON file in the metrics directory, and writes the next one for each prompt. It gets its name
+when it is whole, and then the last one goes: a reader sees the old or the new one, never part of one.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import time
@@ -26,6 +27,7 @@ KEPT_REQUESTS = 16
 LISTED_REQUESTS = 64
 # Characters of an id that a report keeps: a client chooses it, and may choose megabytes.
 LONGEST_ID = 256
+_FILE_NUMBERS = itertools.count(1)
 
 
 class HeadTables(BaseModel):
@@ -84,6 +86,7 @@ class HeadsReport:
     def __init__(self, directory: str, dp_rank: int, pp_rank: int, tp_rank: int) -> None:
         """Writes a file without requests: readers wait for this rank's share of a request from now on."""
         self._start = os.path.join(directory, f"heads-{dp_rank}-{pp_rank}-{tp_rank}")
+        self._last = ""
         # Each request as JSON, with its heads and without.
         self._records: dict[str, tuple[str, str]] = {}
         self._failed = False
@@ -134,15 +137,20 @@ class HeadsReport:
         self._records[record.request_id] = record.model_dump_json(), short.model_dump_json()
 
     def _write(self) -> None:
-        # The id is asked for here: a forked child must not write its parent's file.
-        path = f"{self._start}-{os.getpid()}.json"
+        # The id is asked for here: a forked child must not touch its parent's file. And each file has a new
+        # name: a rename onto one that is there takes milliseconds on ext4, and the next step waits for it.
+        own = f"{self._start}-{os.getpid()}-"
+        path, before = f"{own}{next(_FILE_NUMBERS)}.json", self._last
         records = list(self._records.values())
         older, latest = records[:-KEPT_REQUESTS], records[-KEPT_REQUESTS:]
         texts = [*(short for _, short in older), *(full for full, _ in latest)]
         try:
             with open(f"{path}.new", "w", encoding="utf-8") as file:
                 file.write(f"[{','.join(texts)}]")
-            os.replace(f"{path}.new", path)
+            os.rename(f"{path}.new", path)
+            self._last = path
+            if before.startswith(own):
+                os.unlink(before)
         except OSError as error:
             if not self._failed:
                 logger.warning(
@@ -277,19 +285,29 @@ _RECORDS = TypeAdapter(list[RankRecord])
 
 def _living_files(directory: str) -> list[_RankFile]:
     """Each rank's newest file, of living processes, in the order of ranks."""
-    newest: dict[tuple[int, int, int], tuple[float, _RankFile]] = {}
+    while True:
+        try:
+            return _read_files(directory)
+        except FileNotFoundError:
+            # The next one has taken its place since the directory was listed.
+            continue
+
+
+def _read_files(directory: str) -> list[_RankFile]:
+    newest: dict[tuple[int, int, int], tuple[tuple[float, int], _RankFile]] = {}
     for path in glob.glob(os.path.join(directory, "heads-*.json")):
         stem = os.path.basename(path).removesuffix(".json")
-        dp_rank, pp_rank, tp_rank, pid = (int(part) for part in stem.split("-")[1:])
+        dp_rank, pp_rank, tp_rank, pid, number = (int(part) for part in stem.split("-")[1:])
         if not is_alive(pid):
             continue
         rank = dp_rank, pp_rank, tp_rank
-        written_at = os.stat(path).st_mtime
-        if rank not in newest or written_at > newest[rank][0]:
+        # The clock of file systems is coarse: within a process the number tells.
+        age = os.stat(path).st_mtime, number
+        if rank not in newest or age > newest[rank][0]:
             with open(path, "rb") as file:
                 records = _RECORDS.validate_json(file.read())
             by_request = {record.request_id: record for record in records}
-            newest[rank] = written_at, _RankFile(*rank, by_request)
+            newest[rank] = age, _RankFile(*rank, by_request)
     return [file for _, (_, file) in sorted(newest.items())]
 
 

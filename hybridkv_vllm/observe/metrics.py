@@ -189,12 +189,20 @@ class MetricsWriter:
     def _write(
         self, name: str, sample: str, labels: Mapping[str, str], value: float, *, accumulate: bool
     ) -> None:
-        description = METRICS[name]
-        key = mmap_key(name, sample, list(labels), list(labels.values()), description.help)
+        key = _key(name, sample, tuple(labels.items()))
+        before = self._values.get(key)
         if accumulate:
-            value += self._values.get(key, 0.0)
-        self._values[key] = value
-        self._files[description.kind].write_value(key, value, 0.0)
+            value += before or 0.0
+        # Gauges are set at every step.
+        if value != before:
+            self._values[key] = value
+            self._files[METRICS[name].kind].write_value(key, value, 0.0)
+
+
+@functools.cache
+def _key(name: str, sample: str, labels: tuple[tuple[str, str], ...]) -> str:
+    """What the files call a value."""
+    return str(mmap_key(name, sample, [n for n, _ in labels], [v for _, v in labels], METRICS[name].help))
 
 
 class EngineMetrics:

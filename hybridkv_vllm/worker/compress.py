@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from hybridkv_kernels import Backend
 from hybridkv_kernels.compact import compact
 from hybridkv_kernels.window_scores import window_scores
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.observe.timing import DeviceTimer
@@ -59,30 +61,32 @@ class PrefillEnd:
         options: ServerOptions,
         slot: int,
         grant: ArenaGrant,
-        last_query: int,
+        query_end: int,
         backend: Backend,
     ) -> None:
         """Allocates the scores, and reserves host memory for heads that will recall.
 
         Args:
-            last_query: the row in the step's query tensor just after the prompt's last token.
+            query_end: the row in the step's query tensor just after the prompt's last token.
             backend: kernel backend, `triton` or `torch`.
         """
         shape, device, plan = tables.shape, tables.pool.device, grant.plan
         self._tables = tables
-        self._options = options
+        self._policy_options = options.policy_options()
         self._policy = get_policy(options.policy)
         self._slot = slot
         self._grant = grant
         self.plan = plan
-        self._window = slice(last_query - plan.window, last_query)
+        self._window = slice(query_end - plan.window, query_end)
         self._backend = backend
         size = (shape.num_layers, shape.num_kv_heads, plan.num_tokens)
         self._mass = torch.empty(size, dtype=torch.float32, device=device)
         self._votes = torch.empty_like(self._mass)
-        self._is_visual = torch.zeros(plan.num_tokens, dtype=torch.bool, device=device)
+        # On the host: each frame of a video can be a span of its own.
+        is_visual = np.zeros(plan.num_tokens, dtype=np.bool_)
         for start, end in plan.visual_spans:
-            self._is_visual[start:end] = True
+            is_visual[start:end] = True
+        self._is_visual = async_tensor_h2d(is_visual, device=device)
         self._verdicts: list[Verdict] = []
         self._recall = begin_recall(tables.recall, shape, slot, plan)
         self._timer = DeviceTimer(device)
@@ -107,7 +111,7 @@ class PrefillEnd:
             self._votes[layer],
             backend=self._backend,
         )
-        options, profile = self._options.policy_options(), self._tables.profile
+        options, profile = self._policy_options, self._tables.profile
         if profile is not None:
             options = replace(options, profile=profile[layer : layer + 1])
         verdict = self._policy.classify(self._scores(slice(layer, layer + 1)), options)
@@ -135,7 +139,7 @@ class PrefillEnd:
             self._scores(slice(None)),
             Verdict.join(self._verdicts),
             plan.arena_size * shape.num_layers * shape.num_kv_heads,
-            self._options.policy_options(),
+            self._policy_options,
             None if recall is None else recall.recall(),
         )
         extents = torch.stack((selection.first_page, selection.lengths), dim=-1).to(torch.int32)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.config import ServerOptions
-from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan
+from hybridkv_vllm.plan import PromptPlan
 from hybridkv_vllm.policies import Recall, recall_limits
 from hybridkv_vllm.worker.host_tier import HostTier, Reservation
 from hybridkv_vllm.worker.tables import CacheShape
@@ -289,7 +289,5 @@ def begin_recall(
     layout = state.landmarks.layout
     heads = shape.num_layers * shape.num_kv_heads
     pages = plan.arena_size * heads
-    # The window's last tokens are in the prompt's partial block, which stays in the tail.
-    window = max(0, plan.window - plan.num_tokens % PAGE_TOKENS)
-    limits = recall_limits(pages, heads, chunks, layout.pages(chunks), window)
+    limits = recall_limits(pages, heads, chunks, layout.pages(chunks), plan.window_in_arena)
     return None if limits is None else RecallBeginning(state, shape, slot, plan, *limits)

@@ -30,7 +30,14 @@ from hybridkv_vllm.profile import read_profile
 from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import PrefillEnd
 from hybridkv_vllm.worker.compression_log import CompressionLog
-from hybridkv_vllm.worker.host_tier import GIB, HostTier, host_pool_bytes, local_ranks, store_block_bytes
+from hybridkv_vllm.worker.host_tier import (
+    GIB,
+    HostTier,
+    default_pool_bytes,
+    local_ranks,
+    requested_pool_bytes,
+    store_block_bytes,
+)
 from hybridkv_vllm.worker.recall import RecallState
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_work, page_pool
 
@@ -122,8 +129,8 @@ class HybridKVModelState(DefaultModelState):
             return None
         profile = read_profile(options.profile, *model_shape(self.vllm_config))
         # With more ranks than KV heads vLLM gives neighbouring ranks the same head.
-        tensor = get_tp_group()
-        first = tensor.rank_in_group * profile.shape[1] // tensor.world_size
+        tp = get_tp_group()
+        first = tp.rank_in_group * profile.shape[1] // tp.world_size
         numbers = [extract_layer_index(layer.layer_name) for layer in layers]
         figures = profile.figures(numbers, range(first, first + shape.num_kv_heads))
         return torch.tensor(figures, dtype=torch.float32, device=self.device)
@@ -153,10 +160,12 @@ class HybridKVModelState(DefaultModelState):
             HybridKVConfigError: the host memory is not to be had.
         """
         options, ranks = recall.options, local_ranks(self.vllm_config.parallel_config)
-        num_bytes = host_pool_bytes(options.host_pool_gib, pool.nbytes, options.budget_share, ranks)
         if options.host_pool_gib is None:
             # The cache of vLLM's graph profiling can be a single block.
-            num_bytes = max(num_bytes, store_block_bytes(shape.head_size, pool.dtype))
+            least = store_block_bytes(shape.head_size, pool.dtype)
+            num_bytes = max(least, default_pool_bytes(pool.nbytes, options.budget_share, ranks))
+        else:
+            num_bytes = requested_pool_bytes(options.host_pool_gib, ranks)
         # That cache comes first, and pinning takes seconds.
         if recall.tier is None or self._host_tier_bytes != num_bytes:
             # The old one goes before the new one comes.

@@ -65,10 +65,11 @@ def check_index(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> N
     Raises:
         ValueError: where it is not.
     """
-    fits = tensor.dim() == len(shape) and all(
-        want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
+    # Called at every layer: most shapes are exact, and the message is only put together where it is needed.
+    fits = tensor.shape == shape or (
+        tensor.dim() == len(shape)
+        and all(want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True))
     )
-    # Called at every layer: the message is only put together where it is needed.
     if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
         actual = f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}"
         raise ValueError(f"{name} must be contiguous, {dtype} {list(shape)}, not {actual}")

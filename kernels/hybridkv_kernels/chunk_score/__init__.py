@@ -86,8 +86,8 @@ def chunk_score(
     if plan is None:
         raise ValueError("the Triton backend needs a plan")
     plan.check(rows, decode)
-    places = landmarks.layout.places if plan.part == "selecting" else None
-    require(plan.places == places, "the plan is no score plan for landmarks that lie like these")
+    fits = plan.part == "selecting" and plan.places == landmarks.layout.places
+    require(fits, "the plan is no score plan for landmarks that lie like these")
     require(plan.interval == interval, f"the plan was updated for interval {plan.interval}, not {interval}")
     fused.chunk_score(
         query, pool, row_slot, row_len, decode, recall, layer, scale, landmarks, work, plan, interval, early

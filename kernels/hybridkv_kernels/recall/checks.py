@@ -25,14 +25,18 @@ def check_recall(
         ValueError: where it does not.
     """
     check_pool(pool, layout.head_size)
-    require(pool.itemsize == layout.itemsize, f"the layout is for elements of {layout.itemsize} bytes")
+    if pool.itemsize != layout.itemsize:
+        raise ValueError(f"the layout is for elements of {layout.itemsize} bytes")
     check_index("row_slot", row_slot, torch.int32, -1)
     check_index("chunk_first", recall.chunk_first, torch.int32, *decode.extents.shape[:3])
-    require(0 <= layer < decode.num_layers, f"layer {layer} is not within 0..{decode.num_layers - 1}")
+    if not 0 <= layer < decode.num_layers:
+        raise ValueError(f"layer {layer} is not within 0..{decode.num_layers - 1}")
     items, most = row_slot.shape[0] * decode.num_kv_heads, work.num_missing.shape[0]
-    require(items <= most, f"{items} rows times KV heads are more than the buffers' {most}")
+    if items > most:
+        raise ValueError(f"{items} rows times KV heads are more than the buffers' {most}")
     slots, most = recall.chunk_first.shape[0], work.counters.shape[0]
-    require(slots <= most, f"{slots} request slots are more than the buffers' {most}")
+    if slots > most:
+        raise ValueError(f"{slots} request slots are more than the buffers' {most}")
 
 
 def check_store(pool: Tensor, store: Tensor) -> None:
