@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from hybridkv_vllm.attention.dense import make_dense_builder, slice_rows
 from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.worker.compress import PrefillEnd
-from hybridkv_vllm.worker.tables import RequestTables, make_work
+from hybridkv_vllm.worker.tables import RequestTables, make_decode_plan
 
 # Bounds the partial results of a replay, [rows * H, G, D] in fp32.
 REPLAY_ROWS = 512
@@ -34,14 +34,14 @@ class DecodeRows:
         tokens: their place in the step's token order.
         row_slot: `[n]` int32, request slot, -1 for padding.
         row_len: `[n]` int32, tokens visible including the row's own.
-        work: how the kernel splits them; None for the torch backend, and where heads recall.
+        plan: how the kernel splits them over programs; None for the torch backend, and where heads recall.
         recalls: whether heads recall the chunks that these tokens need, as the recall's own plan says.
     """
 
     tokens: slice
     row_slot: torch.Tensor
     row_len: torch.Tensor
-    work: DecodePlan | None
+    plan: DecodePlan | None
     recalls: bool
 
 
@@ -105,10 +105,10 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             recall = tables.recall
             if recall is not None:
                 recall.update_plan(row_slot, row_len, tables.decode)
-            if tables.work is not None:
-                tables.work.update(row_slot, row_len, tables.decode)
+            if tables.plan is not None:
+                tables.plan.update(row_slot, row_len, tables.decode)
             tokens = slice(0, num_decodes)
-            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, tables.work, recall is not None))
+            metadata.decodes.append(DecodeRows(tokens, row_slot, row_len, tables.plan, recall is not None))
         if num_decodes < common.num_reqs:
             self._add_prompt_rows(metadata, common, tables, num_decodes)
         return metadata
@@ -171,9 +171,9 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             device = self.device
             row_slot = torch.full((stop - start,), slot, dtype=torch.int32, device=device)
             row_len = torch.arange(first_len, first_len + stop - start, dtype=torch.int32, device=device)
-            work = None
+            decode_plan = None
             if self._impl.kernel_backend == "triton":
-                work = make_work(tables.shape, stop - start, device)
-                work.update(row_slot, row_len, tables.decode)
-            parts.append(DecodeRows(slice(start, stop), row_slot, row_len, work, recalls=False))
+                decode_plan = make_decode_plan(tables.shape, stop - start, device)
+                decode_plan.update(row_slot, row_len, tables.decode)
+            parts.append(DecodeRows(slice(start, stop), row_slot, row_len, decode_plan, recalls=False))
         return parts

@@ -181,7 +181,7 @@ class HybridKVImpl(AttentionImpl["HybridKVMetadata"]):
                 tables.decode,
                 self._layer,
                 self.scale,
-                decode.work,
+                decode.plan,
                 backend=self.kernel_backend,
                 early=True,
             )

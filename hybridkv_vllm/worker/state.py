@@ -39,7 +39,7 @@ from hybridkv_vllm.worker.host_tier import (
     store_block_bytes,
 )
 from hybridkv_vllm.worker.recall import RecallState
-from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_work, page_pool
+from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_decode_plan, page_pool
 
 # Long enough for a few tiles of every kernel.
 MIN_WARM_UP_TOKENS = 256
@@ -72,12 +72,12 @@ class HybridKVModelState(DefaultModelState):
         self._next_step_is_real = False
         # Now, so that vLLM counts these buffers when it measures what is left for the cache.
         self._recall: RecallState | None = None
-        self._work: DecodePlan | None = None
+        self._decode_plan: DecodePlan | None = None
         layers = self._attention_layers()
         if layers:
             self._recall = self._make_recall(layers)
             if self._recall is None and layers[0].impl.kernel_backend == "triton":
-                self._work = make_work(_cache_shape(layers), self.max_num_reqs, self.device)
+                self._decode_plan = make_decode_plan(_cache_shape(layers), self.max_num_reqs, self.device)
 
     def _attention_layers(self) -> list[Attention]:
         """This rank's layers that use this backend."""
@@ -107,7 +107,7 @@ class HybridKVModelState(DefaultModelState):
             pool,
             block_tables.block_tables[0].gpu,
             max_rows=self.max_num_reqs,
-            work=self._work,
+            plan=self._decode_plan,
             recall=self._recall,
             profile=self._read_profile(layers, shape, impl.options),
         )

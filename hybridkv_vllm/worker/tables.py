@@ -66,7 +66,7 @@ def page_pool(caches: list[torch.Tensor], shape: CacheShape) -> torch.Tensor:
     )
 
 
-def make_work(shape: CacheShape, max_rows: int, device: torch.device) -> DecodePlan:
+def make_decode_plan(shape: CacheShape, max_rows: int, device: torch.device) -> DecodePlan:
     """Buffers that split the decode of up to `max_rows` rows over the GPU's programs."""
     return DecodePlan.create(
         max_rows=max_rows,
@@ -87,7 +87,7 @@ class RequestTables:
         pool: all pages, `[P, 16, 2 * D]`.
         decode: extents, arenas, tail starts and ordinary blocks by slot.
         row_slot: `[R]` int32, slot of each decode row of the running step, -1 for padding.
-        work: the running step's split of the decode over programs; None where the kernels in use need none,
+        plan: the running step's split of the decode over programs; None where the kernels in use need none,
             and with `recall`, which has its own.
         recall: tables of the heads that recall chunks; None where none ever does.
         profile: `[L, H]` fp32, what calibration says of the heads; None where each prompt says it.
@@ -99,7 +99,7 @@ class RequestTables:
     pool: torch.Tensor
     decode: DecodeTables
     row_slot: torch.Tensor
-    work: DecodePlan | None
+    plan: DecodePlan | None
     recall: RecallState | None = None
     profile: torch.Tensor | None = None
     grants: dict[int, ArenaGrant] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class RequestTables:
         blocks: torch.Tensor,
         *,
         max_rows: int,
-        work: DecodePlan | None,
+        plan: DecodePlan | None,
         recall: RecallState | None,
         profile: torch.Tensor | None,
     ) -> RequestTables:
@@ -122,7 +122,7 @@ class RequestTables:
         Args:
             blocks: vLLM's block table by slot, `[S, B]` int32 (shared, not copied).
             max_rows: decode rows of a step, at most.
-            work: see the attribute.
+            plan: see the attribute.
             recall: tables of the heads that recall, for the same slots.
             profile: `[L, H]` fp32, what calibration says of this rank's heads.
         """
@@ -142,7 +142,7 @@ class RequestTables:
             pool=pool,
             decode=decode,
             row_slot=row_slot,
-            work=work,
+            plan=plan,
             recall=recall,
             profile=profile,
         )

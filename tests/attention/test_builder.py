@@ -46,7 +46,7 @@ def build(
             blocks=torch.zeros(SLOTS, WIDTH, dtype=torch.int32),
         ),
         row_slot=torch.full((SLOTS,), -1, dtype=torch.int32),
-        work=None,
+        plan=None,
         grants={
             slot: ArenaGrant(str(slot), make_plan(tokens, (), 0.25, 64), ())
             for slot, tokens in planned.items()
