@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import csv
 import io
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hybridkv_serving import clients, command, trace
 from hybridkv_serving.clients import Answer, Played
 from hybridkv_serving.figures import OURS, STOCK, Comparison, Figures, Report, compare, figures_of
 from hybridkv_serving.kinds import Kind
-from hybridkv_serving.trace import CELL, make_trace
+from hybridkv_serving.trace import CELL, Conversation, make_trace
 from PIL import Image
 
 from hybridkv_vllm import exit_codes
 from hybridkv_vllm.cli import main
+from hybridkv_vllm.server import Server
 
 
 def pictures(kind: Kind, tokens: int, seed: int = 0) -> list[list[Image.Image]]:
@@ -52,6 +56,42 @@ def test_conversations_differ_and_can_be_repeated() -> None:
     assert 0 < frames < 0.5
     turns = [len(conversation.turns) for conversation in make_trace("chat", 1, 300, 0)]
     assert turns == [2]
+
+
+def arguments_of(text: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(text.split())
+
+
+def test_no_scenario_asks_what_another_has_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would have it in its caches."""
+    asked: list[Conversation] = []
+
+    async def play(
+        url: str, model: str, conversations: Sequence[Conversation], *, clients: int, answer_tokens: int
+    ) -> Played:
+        asked.extend(conversations)
+        return Played([answer(0, 1, 2)], seconds=2)
+
+    monkeypatch.setattr(clients, "play", play)
+    args = arguments_of("--clients 1,3,1 --requests 4 --prompt-tokens 64")
+    measured = list(command._measure(STOCK, Server("http://nowhere", Path("no.log")), args))
+    assert [(f.scenario, f.clients) for f in measured[:2]] == [("batch", 1), ("batch", 3)]
+    pictures = [picture for conversation in asked for picture in conversation.turns[0].pictures]
+    assert len(asked) == 1 + 1 + 3 + 3 * 4
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_a_server_takes_as_many_pictures_as_a_conversation_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_data_url", lambda picture: "")
+    for tokens in (1, 1536, 66560):
+        (conversation,) = make_trace("video", 1, tokens, 0)
+        given = command._server_arguments(OURS, arguments_of(f"--prompt-tokens {tokens}"))
+        shown = len(conversation.turns[0].pictures)
+        assert given[given.index("--limit-mm-per-prompt") + 1] == f'{{"image": {shown}}}'
+        # Two marks for each, and the question and its template.
+        assert int(given[given.index("--max-model-len") + 1]) >= tokens + 2 * shown + 2 * 48 + 128
 
 
 def answer(sent: float, *times: float, error: str = "") -> Answer:

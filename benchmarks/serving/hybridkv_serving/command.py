@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hybridkv_quality.model_path import model_folder
 from rich.console import Console
 from rich.table import Table
 
+from hybridkv_serving.arguments import names_of, whole_numbers
 from hybridkv_serving.kinds import KINDS, Kind
 from hybridkv_vllm import exit_codes
 from hybridkv_vllm.terminal import standard_output
@@ -45,6 +47,8 @@ BATCH = "batch"
 SCENARIOS = (BATCH, *KINDS)
 # Of a conversation beside its pictures and answers: questions and the chat template.
 OTHER_TOKENS = 128
+# Tokens that mark a picture's start and end.
+MARKS = 2
 PRESSURE = 4
 # Of no interest to who reads the result.
 NOT_SETTINGS = ("out", "model", "json", "command", "run")
@@ -64,13 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default="host")
     parser.add_argument(
         "--scenarios",
-        type=_scenarios,
+        type=names_of(SCENARIOS),
         default=list(SCENARIOS),
         metavar="A,B",
         help=f"of {','.join(SCENARIOS)}",
     )
     parser.add_argument(
-        "--clients", type=_whole_numbers, default=[2], metavar="N,M", help="of `batch` (default: 2)"
+        "--clients", type=whole_numbers, default=[2], metavar="N,M", help="of `batch` (default: 2)"
     )
     parser.add_argument("--requests", type=int, default=12, help="conversations under pressure, of each kind")
     parser.add_argument(
@@ -136,20 +140,6 @@ def _problem(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _scenarios(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := sorted(set(names) - {*SCENARIOS}):
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)} (known: {', '.join(SCENARIOS)})")
-    return names
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers with commas, such as 1,32") from None
-
-
 def _reports(args: argparse.Namespace, out: Path) -> Iterator[Report]:
     """The report as it grows, after each scenario of each server.
 
@@ -177,9 +167,11 @@ def _server_arguments(name: str, args: argparse.Namespace) -> list[str]:
     import torch
 
     from hybridkv_serving.figures import OURS, STOCK
+    from hybridkv_serving.trace import pictures_of
 
+    pictures = pictures_of(args.prompt_tokens)
     block = 32 if name == STOCK and not torch.cuda.is_available() else 16
-    longest = args.prompt_tokens + 2 * args.answer_tokens + OTHER_TOKENS
+    longest = args.prompt_tokens + MARKS * pictures + 2 * args.answer_tokens + OTHER_TOKENS
     blocks = args.prompts_in_memory * -(-longest // 32) * 32 // block
     given = {
         "served-model-name": NAME,
@@ -190,7 +182,7 @@ def _server_arguments(name: str, args: argparse.Namespace) -> list[str]:
         "max-num-batched-tokens": max(2048, min(8192, args.prompt_tokens)),
         "num-gpu-blocks-override": blocks,
         "block-size": block,
-        "limit-mm-per-prompt": '{"image": 64}',
+        "limit-mm-per-prompt": json.dumps({"image": pictures}),
     }
     if name == OURS:
         given |= {
@@ -207,18 +199,20 @@ def _measure(name: str, server: Server, args: argparse.Namespace) -> Iterator[Fi
     from hybridkv_serving.figures import figures_of
     from hybridkv_serving.trace import make_trace
 
-    def run(scenario: str, kind: Kind, count: int, clients: int, seed: int) -> Figures:
+    def run(scenario: str, kind: Kind, count: int, clients: int) -> Figures:
+        # Of its own: a picture or prompt that the server knows from an earlier run costs it nothing.
+        seed = f"{args.seed} {scenario} {clients}"
         trace = list(make_trace(kind, count, args.prompt_tokens, seed))
         played = asyncio.run(play(server.url, NAME, trace, clients=clients, answer_tokens=args.answer_tokens))
         return figures_of(name, scenario, clients, played, args.good_first_token, args.good_each_token)
 
-    run("warm-up", "images", 1, 1, args.seed - 1)
+    run("warm-up", "images", 1, 1)
     if BATCH in args.scenarios:
         for clients in args.clients:
-            yield run(BATCH, "images", clients, clients, args.seed)
+            yield run(BATCH, "images", clients, clients)
     for kind in KINDS:
         if kind in args.scenarios:
-            yield run(kind, kind, args.requests, PRESSURE * args.prompts_in_memory, args.seed)
+            yield run(kind, kind, args.requests, PRESSURE * args.prompts_in_memory)
 
 
 def _print(report: Report, console: Console) -> None:

@@ -41,20 +41,20 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def make_trace(kind: Kind, count: int, tokens: int, seed: int) -> Iterator[Conversation]:
+def make_trace(kind: Kind, count: int, tokens: int, seed: int | str) -> Iterator[Conversation]:
     """`count` conversations whose first turn has about `tokens` visual tokens.
 
     `images` are several pictures, `video` is near-duplicate ones, `chat` is pictures with a second question.
+    Those of another kind or seed are others.
     """
     random_numbers = random.Random(f"{seed} {kind}")
-    each = min(LARGEST_PICTURE, max(4, tokens // 4))
+    each = _picture_tokens(tokens)
     for number in range(count):
-        pictures = max(1, round(tokens / each))
         side = max(2, round(each**0.5))
         size = (side * CELL, max(2, each // side) * CELL)
         first = _draw(size, random_numbers)
         shown = [first]
-        for _ in range(pictures - 1):
+        for _ in range(pictures_of(tokens) - 1):
             if kind == "video":
                 shown.append(_change(shown[-1], random_numbers))
             else:
@@ -63,6 +63,15 @@ def make_trace(kind: Kind, count: int, tokens: int, seed: int) -> Iterator[Conve
         if kind == "chat":
             turns.append(Turn((), "and what was behind the window then ?"))
         yield Conversation(kind, tuple(turns))
+
+
+def pictures_of(tokens: int) -> int:
+    """Pictures of a first turn of about `tokens` visual tokens."""
+    return max(1, round(tokens / _picture_tokens(tokens)))
+
+
+def _picture_tokens(tokens: int) -> int:
+    return min(LARGEST_PICTURE, max(4, tokens // 4))
 
 
 def _draw(size: tuple[int, int], random_numbers: random.Random) -> Image.Image:
