@@ -100,16 +100,20 @@ def answer(sent: float, *times: float, error: str = "") -> Answer:
 
 def test_figures_are_of_what_was_answered() -> None:
     played = Played([answer(0, 1, 2, 3, 4), answer(0, 2, 4, 5, 6), answer(1, error="full")], seconds=8)
-    figures = figures_of(OURS, "batch", 2, played, first_token=1.5, each_token=1.0)
+    figures = figures_of(OURS, "batch", 3, played, first_token=1.5, each_token=1.0)
     assert (figures.answers, figures.failed, figures.decoding_at_once) == (2, 1, 2)
     assert figures.tokens_per_second == 1
     assert figures.first_token_p50 == 1.5
-    # Both decode from 2 to 4 s: tokens at 3, 4 and at 4.
-    assert figures.ms_per_token == pytest.approx(1e3 * 2 * 2 / 3)
+    # One failed: what is left is no batch of three.
+    assert figures.ms_per_token is None
     # The second came too late, and slowly.
     assert figures.goodput == pytest.approx(1 / 8)
+    both = Played(played.answers[:2], seconds=8)
+    # From 2 to 4 s: tokens at 3, 4 and at 4.
+    assert figures_of(OURS, "batch", 2, both, 9, 9).ms_per_token == pytest.approx(1e3 * 2 * 2 / 3)
+    assert figures_of(OURS, "batch", 3, both, 9, 9).ms_per_token is None
     apart = Played([answer(0, 1, 2), answer(5, 6, 7)], seconds=7)
-    assert figures_of(STOCK, "batch", 1, apart, 9, 9).ms_per_token is None
+    assert figures_of(STOCK, "batch", 2, apart, 9, 9).ms_per_token is None
     with pytest.raises(RuntimeError, match="no answer at all: full"):
         figures_of(STOCK, "chat", 1, Played([answer(0, error="full")], 1), 9, 9)
 
@@ -126,16 +130,24 @@ def test_an_answer_that_waits_is_not_being_decoded() -> None:
 
 def test_comparisons_are_above_one_where_we_are_ahead() -> None:
     played = Played([answer(0, 1, 2, 3)], seconds=4)
-    stock = figures_of(STOCK, "video", 8, played, 9, 9)
+    stock = figures_of(STOCK, "video", 1, played, 9, 9)
     ours = stock.model_copy(
         update={"server": OURS, "decoding_at_once": 3, "ms_per_token": 500.0, "first_token_p50": 2.0}
     )
-    other = stock.model_copy(update={"server": OURS, "clients": 9})
+    other = stock.model_copy(update={"server": OURS, "clients": 2})
     found = {c.what: c.value for c in compare([stock, ours, other])}
     assert found["decoding_at_once"] == 3
     assert found["ms_per_token"] == 2
     assert found["first_token_p50"] == 0.5
     assert found["tokens_per_second"] == 1
+
+
+@pytest.mark.parametrize("failing", [STOCK, OURS])
+def test_who_failed_is_not_compared(failing: str) -> None:
+    """A server that answers less is quick."""
+    whole, part = Played([answer(0, 1, 2)] * 2, 2), Played([answer(0, 1, 2), answer(0, error="500")], 2)
+    both = [figures_of(name, "batch", 2, part if name == failing else whole, 9, 9) for name in (STOCK, OURS)]
+    assert list(compare(both)) == []
 
 
 @pytest.mark.parametrize(
