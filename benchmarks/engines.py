@@ -1,8 +1,9 @@
 """Stock vLLM against hybridkv in one process each, on prompts of random tokens: where a GPU's minutes count.
 
 `serve.py` measures servers and pictures; here nothing but the engine takes time. `batch` times a decode step
-at equal batch; `full` fills a small KV cache with as many requests as it lets decode at once, and times that.
-Which heads recall is given as a profile, since random weights say nothing of it.
+at equal batch; `full` fills a small KV cache with as many requests as it lets decode at once, and times their
+decode steps: no prefill, and nobody comes or goes (`serve.py` times that). Which heads recall is given as a
+profile, since random weights say nothing of it. What was measured is written after each scenario.
 
     python benchmarks/engines.py --model MODEL --load-format dummy --out benchmarks/results/performance/CARD
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv_quality.environment import environment
 from hybridkv_quality.model_path import model_folder
+from hybridkv_serving.arguments import names_of, whole_numbers
 from hybridkv_serving.figures import COUNTS, OURS, STOCK, Figures, Report, compare, plot, write
 from pydantic import BaseModel, Field
 from rich.console import Console
@@ -61,7 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(model_folder()))
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--dynamic-tiers", default="off,host", help="of off,gpu,host")
+    parser.add_argument(
+        "--dynamic-tiers", type=names_of(tuple(HEADS)), default="off,host", help=f"of {','.join(HEADS)}"
+    )
     parser.add_argument("--recalling", type=float, default=0.5, help="share of the heads that recall")
     parser.add_argument(
         "--still",
@@ -71,13 +75,14 @@ def _arguments() -> argparse.Namespace:
         "as much as others, and steps choose other chunks than a model's would (12 of 64: 3%% of them)",
     )
     parser.add_argument("--host-pool-gib", type=float, default=40)
-    parser.add_argument("--scenarios", default=f"{BATCH},{FULL}")
-    parser.add_argument("--clients", default="1,32", help="of `batch`")
+    parser.add_argument("--scenarios", type=names_of((BATCH, FULL)), default=f"{BATCH},{FULL}")
+    parser.add_argument("--clients", type=whole_numbers, default="1,32", help="of `batch`")
     parser.add_argument("--requests", type=int, default=64, help="of `full`")
     parser.add_argument("--prompts-in-memory", type=int, default=8, help="of `full`, that stock has room for")
     parser.add_argument("--prompt-tokens", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--spare-tokens", type=int, default=1024, help="most tokens of an answer")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a scenario of an engine")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--scenario", help=argparse.SUPPRESS)
@@ -91,7 +96,6 @@ def start(args: argparse.Namespace) -> LLM:
     import torch
     from vllm import LLM
 
-    clients = [int(number) for number in args.clients.split(",")]
     on_gpu = torch.cuda.is_available()
     # vLLM's CPU attention wants blocks of 32.
     block = PAGE_TOKENS if on_gpu or args.engine != STOCK else 2 * PAGE_TOKENS
@@ -99,13 +103,13 @@ def start(args: argparse.Namespace) -> LLM:
     settings: dict[str, Any] = {
         "load_format": args.load_format,
         "max_model_len": longest,
-        "max_num_seqs": max(clients) if args.scenario == BATCH else args.requests,
+        "max_num_seqs": max(args.clients) if args.scenario == BATCH else args.requests,
         "max_num_batched_tokens": min(8192, max(2048, args.prompt_tokens)),
         "block_size": block,
         "limit_mm_per_prompt": {"image": 0, "video": 0},
         "seed": 0,
     }
-    prompts = max(clients) if args.scenario == BATCH else args.prompts_in_memory
+    prompts = max(args.clients) if args.scenario == BATCH else args.prompts_in_memory
     if args.scenario == FULL or not on_gpu:
         settings["num_gpu_blocks_override"] = 1 + prompts * -(-longest // block)
     if args.engine != STOCK:
@@ -251,9 +255,7 @@ def measure(args: argparse.Namespace) -> Measured:
     vocabulary = _text_config(args.model)["vocab_size"]
     llm = start(args)
     stepper = Stepper(llm, vocabulary, args.prompt_tokens, args.spare_tokens)
-    wanted = [args.requests]
-    if args.scenario == BATCH:
-        wanted = [int(number) for number in args.clients.split(",")]
+    wanted = args.clients if args.scenario == BATCH else [args.requests]
     stepper.stop(_warm_up(stepper))
     found, chunks = [], [0, 0]
     for clients in wanted:
@@ -267,17 +269,20 @@ def measure(args: argparse.Namespace) -> Measured:
         grown = [now - then for now, then in zip(_chunks(llm), chunks_before, strict=True)]
         chunks = [one + more for one, more in zip(chunks, grown, strict=True)] if grown else chunks
         waits = list(stepper.first_token.values())
+        # Of `full` nobody is expected to get in after those who fill the memory.
+        failed = clients - decoding if args.scenario == BATCH else 0
+        equal = args.scenario == BATCH and tokens == clients * args.steps
         found.append(
             Figures(
                 server=STOCK if args.engine == STOCK else OURS,
                 scenario=args.scenario,
                 clients=clients,
                 answers=decoding,
-                failed=0,
+                failed=failed,
                 prompt_tokens=args.prompt_tokens,
                 tokens_per_second=tokens / seconds,
                 decoding_at_once=round(tokens / args.steps),
-                ms_per_token=1e3 * seconds / args.steps if args.scenario == BATCH else None,
+                ms_per_token=1e3 * seconds / args.steps if equal else None,
                 first_token_p50=float(np.percentile(waits, 50)),
                 first_token_p99=float(np.percentile(waits, 99)),
                 goodput=0,
@@ -294,18 +299,22 @@ def _warm_up(stepper: Stepper) -> list[str]:
     return ids
 
 
-def _run_child(engine: str, scenario: str, console: Console) -> Measured:
+def _run_child(engine: str, scenario: str, console: Console, timeout: float) -> Measured:
     """Measures in a process of its own, so that the next engine finds the GPU free.
 
     Raises:
-        RuntimeError: it failed; what it said is on stderr.
+        RuntimeError: it failed, and what it said is on stderr; or it took longer than `timeout` seconds.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         # By a file: vLLM logs to stdout as well.
         figures = Path(folder) / "figures.json"
         own = ["--engine", engine, "--scenario", scenario, "--figures", str(figures)]
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], check=False)
+        command = [sys.executable, __file__, *sys.argv[1:], *own]
+        try:
+            done = subprocess.run(command, check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"engine {engine}, {scenario}: not done after {timeout:g} s") from None
         if done.returncode != 0 or not figures.exists():
             raise RuntimeError(f"engine {engine}, {scenario}: exit code {done.returncode}")
         console.print(f"{engine}, {scenario}: {time.monotonic() - began:.0f} s", highlight=False)
@@ -321,42 +330,44 @@ def main() -> int:
     console = Console()
     settings = {
         name: str(value)
-        for name, value in (vars(args) | {"dynamic_tier": None, "prompts": "random tokens"}).items()
-        if name not in ("out", "model", "engine", "scenario", "figures", "dynamic_tiers")
+        for name, value in (vars(args) | {"prompts": "random tokens"}).items()
+        if name not in ("out", "model", "engine", "scenario", "figures", "dynamic_tiers", "timeout")
+    }
+    measured_with = environment()
+    reports = {
+        tier: Report(environment=measured_with, settings=settings | {"dynamic_tier": tier})
+        for tier in args.dynamic_tiers
     }
     failed = False
-    stock: list[Figures] = []
-    for engine in (STOCK, *args.dynamic_tiers.split(",")):
-        figures: list[Figures] = []
-        missed: dict[str, str] = {}
-        for scenario in args.scenarios.split(","):
+    for engine in (STOCK, *args.dynamic_tiers):
+        for scenario in args.scenarios:
             try:
-                measured = _run_child(engine, scenario, console)
-                figures += measured.figures
-                if measured.missed is not None:
-                    missed[f"missed, {scenario}"] = f"{measured.missed:.3f}"
+                measured = _run_child(engine, scenario, console, args.timeout)
             except RuntimeError as error:
                 print(f"engines.py: {error}", file=sys.stderr)
                 failed = True
-        if engine == STOCK:
-            stock = figures
-            continue
-        report = Report(
-            environment=environment(),
-            settings=settings | {"dynamic_tier": engine} | missed,
-            figures=[*stock, *figures],
-            # Those who are let in at once wait longer for their first token; stock's others never get one.
-            comparisons=[
-                comparison
-                for comparison in compare([*stock, *figures])
-                if comparison.scenario == BATCH or comparison.what in COUNTS
-            ],
-        )
-        folder = args.out / "_".join(("engines", HEADS[engine], *args.scenarios.split(",")))
-        write(report, folder)
-        plot(report, folder)
-        _print(report, engine, console)
+                continue
+            # After each: a lent machine's time may end before the last. Stock's belongs to all.
+            for tier in args.dynamic_tiers if engine == STOCK else [engine]:
+                _add(reports[tier], scenario, measured)
+                folder = args.out / "_".join(("engines", HEADS[tier], *args.scenarios))
+                write(reports[tier], folder)
+                plot(reports[tier], folder)
+        if engine != STOCK:
+            _print(reports[engine], engine, console)
     return int(failed)
+
+
+def _add(report: Report, scenario: str, measured: Measured) -> None:
+    report.figures += measured.figures
+    if measured.missed is not None:
+        report.settings[f"missed, {scenario}"] = f"{measured.missed:.3f}"
+    # Those who are let in at once wait longer for their first token; stock's others never get one.
+    report.comparisons = [
+        comparison
+        for comparison in compare(report.figures)
+        if comparison.scenario == BATCH or comparison.what in COUNTS
+    ]
 
 
 def _print(report: Report, engine: str, console: Console) -> None:
