@@ -158,7 +158,7 @@ def make_prompt(case: Case, device: torch.device, seed: int) -> Prompt:
         torch.randn(pages, PAGE, 2 * HEAD_SIZE, dtype=DTYPE, device=device),
         ids[plan.arena_size :].to(device)[None],
         max_rows=1,
-        work=None,
+        plan=None,
         recall=_recall_state(case, options, shape.num_layers, device) if case.recalling else None,
         profile=figure.repeat(shape.num_layers, 1),
     )
