@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
+from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_quality import calibrate, inspection
 from hybridkv_quality import command as evaluation
 from hybridkv_serving import command as bench
 
 from hybridkv_vllm import __version__, exit_codes, shapes
+from hybridkv_vllm.plan import Tier
 from hybridkv_vllm.terminal import standard_output
 
 # Beyond any machine, and within what the estimate counts with.
@@ -123,16 +126,22 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     plan.add_argument("--gpu", required=True, help=f"one of {', '.join(shapes.GPUS)}")
     plan.add_argument("--context", required=True, type=_tokens, help="prompt tokens of a request, as 32k")
-    plan.add_argument("--answer", type=_tokens, default=usual.answer, help="tokens of its answer")
-    plan.add_argument("--budget", type=float, default=usual.budget)
-    plan.add_argument("--dynamic", type=float, default=usual.dynamic, help="share of heads that are dynamic")
     plan.add_argument(
-        "--missed", type=float, default=usual.missed, help="share of a step's chunks to be fetched"
+        "--answer", type=_tokens, default=usual.answer, help="tokens of its answer (default: %(default)s)"
     )
-    plan.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default=usual.tier)
-    plan.add_argument("--landmark", choices=("sketch2", "sketch", "mean", "minmax"), default=usual.landmark)
-    plan.add_argument("--tensor-parallel-size", type=int, default=usual.ranks, metavar="N")
-    plan.add_argument("--gpu-memory-utilization", type=float, default=usual.utilization, metavar="SHARE")
+    for name, default, what in (
+        ("budget", usual.budget, "share of a prompt's KV cache that stays on the GPU"),
+        ("dynamic", usual.dynamic, "share of heads that are dynamic"),
+        ("missed", usual.missed, "share of a step's chunks to be fetched"),
+        ("gpu-memory-utilization", usual.utilization, "share of the GPU's memory for vLLM"),
+    ):
+        plan.add_argument(
+            f"--{name}", type=float, default=default, metavar="SHARE", help=f"{what} (default: %(default)s)"
+        )
+    shown = "(default: %(default)s)"
+    plan.add_argument("--dynamic-tier", choices=get_args(Tier), default=usual.tier, help=shown)
+    plan.add_argument("--landmark", choices=get_args(LandmarkKind), default=usual.landmark, help=shown)
+    plan.add_argument("--tensor-parallel-size", type=int, default=usual.ranks, metavar="N", help=shown)
     plan.add_argument(
         "--batch", type=int, help="requests decoding at once, for the times (default: all that fit)"
     )

@@ -2,7 +2,7 @@
 # Everything that only a GPU can tell about this tree: `tools/gpu_check.sh [PART ...]`, by default all, each part
 # within ten minutes on an H200.
 #
-#   kernels   compiled kernels and policies; needs torch, Triton and pytest only
+#   kernels   compiled kernels and policies; needs torch, Triton, pytest and hypothesis only
 #   engine    vLLM with the plugin: tests of engine, worker and calibration
 #   speed     kernels against the card's limits and other libraries; the link to the host
 #   tune      a step of a layer under other tunings of the kernels

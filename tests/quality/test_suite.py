@@ -141,6 +141,7 @@ def test_words_are_unlike_each_other() -> None:
         ({"tasks": ["nonsense"]}, "unknown tasks nonsense: choose among recall"),
         ({"contexts": 0}, "contexts must be at least 1"),
         ({"tokens": 20}, "at least 48 tokens"),
+        ({"tokens": 14_000, "tasks": ["text_needle"]}, "notes has at most 12288 tokens"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(arguments: dict[str, object], message: str) -> None:

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--tasks", type=_names, metavar="A,B", help="tasks to ask (default: all)")
     asked.add_argument(
-        "--tokens", type=int, default=2048, help="about the length of the suite's prompts (default: 2048)"
+        "--tokens",
+        type=int,
+        default=2048,
+        help="about the length of the suite's prompts, from 80, and to 12,000 for all tasks (default: 2048)",
     )
     asked.add_argument(
         "--contexts", type=int, default=20, help="prompts of each kind in the suite (default: 20)"
@@ -100,7 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch threads on a CPU (default: 1, best for the suite's small model and for a busy machine)",
     )
     server = parser.add_argument_group("a server instead")
-    server.add_argument("--url", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    server.add_argument(
+        "--url",
+        help="OpenAI-compatible server, such as http://localhost:8000/v1; its API key, if it has one, in "
+        "OPENAI_API_KEY",
+    )
     server.add_argument(
         "--served-model", metavar="NAME", help="model to ask for (default: the only one it has)"
     )

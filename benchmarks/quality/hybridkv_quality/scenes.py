@@ -157,7 +157,7 @@ def shape_for(kind: Kind, tokens: int, rng: np.random.Generator, dominoes: int |
         dominoes: at most so many; by default one in eight tokens, at most 256.
 
     Raises:
-        ValueError: fewer than 48 tokens.
+        ValueError: fewer than 48 tokens, or more than the pictures of `notes` have names for.
     """
     if tokens < 48:
         raise ValueError(f"a scene has at least 48 tokens, got {tokens}")
@@ -176,6 +176,8 @@ def shape_for(kind: Kind, tokens: int, rng: np.random.Generator, dominoes: int |
     frames = 4 if kind == "video" else 1
     each = int(rng.integers(4, 9)) if tokens >= 512 else int(rng.integers(1, 4))
     each = max(each, -(-tokens // (frames * LARGEST_PICTURE)))
+    if kind == "notes" and each > len(NAMES):
+        raise ValueError(f"a scene of notes has at most {len(NAMES) * LARGEST_PICTURE} tokens, got {tokens}")
     grids = tuple(_grid(max(4, tokens // (each * frames) - 8 * (kind == "notes")), rng) for _ in range(each))
     cells = sum(rows * columns for rows, columns in grids)
     return Shape(kind, grids, max(2, min(most, cells // 2 if kind != "boards" else cells)), frames=frames)

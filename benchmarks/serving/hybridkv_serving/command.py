@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from hybridkv_quality.model_path import model_folder
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.table import Table
 from hybridkv_serving.arguments import names_of, whole_numbers
 from hybridkv_serving.kinds import KINDS, Kind
 from hybridkv_vllm import exit_codes
+from hybridkv_vllm.plan import Tier
 from hybridkv_vllm.terminal import standard_output
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=str(model_folder()), help="folder or name (default: the small model)"
     )
     parser.add_argument("--load-format", default="auto", help="`dummy` for random weights")
-    parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--dynamic-tier", choices=("host", "gpu", "off"), default="host")
+    shown = "(default: %(default)s)"
+    parser.add_argument("--budget", type=float, default=0.1, help=f"of hybridkv {shown}")
+    parser.add_argument("--dynamic-tier", choices=get_args(Tier), default="host", help=f"of hybridkv {shown}")
     parser.add_argument(
         "--scenarios",
         type=names_of(SCENARIOS),
@@ -76,17 +78,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", type=whole_numbers, default=[2], metavar="N,M", help="of `batch` (default: 2)"
     )
-    parser.add_argument("--requests", type=int, default=12, help="conversations under pressure, of each kind")
     parser.add_argument(
-        "--prompt-tokens", type=int, default=1536, help="visual tokens of a conversation, about"
+        "--requests", type=int, default=12, help=f"conversations under pressure, of each kind {shown}"
     )
-    parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument(
-        "--prompts-in-memory", type=int, default=3, help="conversations that both servers' KV cache holds"
+        "--prompt-tokens", type=int, default=1536, help=f"visual tokens of a conversation, about {shown}"
     )
-    parser.add_argument("--good-first-token", type=float, default=10.0, help="seconds, for goodput")
-    parser.add_argument("--good-each-token", type=float, default=0.1, help="seconds, for goodput")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--answer-tokens", type=int, default=48, help=shown)
+    parser.add_argument(
+        "--prompts-in-memory",
+        type=int,
+        default=3,
+        help=f"conversations that both servers' KV cache holds {shown}",
+    )
+    parser.add_argument("--good-first-token", type=float, default=10.0, help=f"seconds, for goodput {shown}")
+    parser.add_argument("--good-each-token", type=float, default=0.1, help=f"seconds, for goodput {shown}")
+    parser.add_argument("--seed", type=int, default=0, help=f"of the pictures {shown}")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for results and logs (default: a new one)"
     )

@@ -107,10 +107,10 @@ def recall_decode(
     Raises:
         ValueError: as these two, and with Triton for a plan that is missing.
     """
-    parts = plan if use_triton(backend, pool) else None
-    if parts is None and use_triton(backend, pool):
+    on_triton = use_triton(backend, pool)
+    if on_triton and plan is None:
         raise ValueError("the Triton backend needs a plan")
-    beside = None if parts is None else parts.beside
+    parts = plan if on_triton else None
 
     def attend(part: DecodePlan | None) -> None:
         # Not early: its programs would take the room of the other part's while they wait.
@@ -119,11 +119,10 @@ def recall_decode(
     def attend_static() -> None:
         if parts is None:
             return
-        if beside is None:
-            attend(parts.static)
-            return
-        beside.wait_stream(torch.cuda.current_stream(pool.device))
-        with torch.cuda.stream(beside):
+        if parts.beside is not None:
+            parts.beside.wait_stream(torch.cuda.current_stream(pool.device))
+        # Without one, the current stream.
+        with torch.cuda.stream(parts.beside):
             attend(parts.static)
 
     chunk_recall(
@@ -148,5 +147,5 @@ def recall_decode(
     )
     # Without a plan, of all heads.
     attend(None if parts is None else parts.recalling)
-    if beside is not None:
-        torch.cuda.current_stream(pool.device).wait_stream(beside)
+    if parts is not None and parts.beside is not None:
+        torch.cuda.current_stream(pool.device).wait_stream(parts.beside)
