@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         default=2048,
-        help="about the length of the suite's prompts, from 80, and to 12,000 for all tasks (default: 2048)",
+        help="about the length of the suite's prompts, from 88, and to 12,000 for all tasks (default: 2048)",
     )
     asked.add_argument(
         "--contexts", type=int, default=20, help="prompts of each kind in the suite (default: 20)"
