@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 REQUEST_PREFIX = "hybridkv_"
+# What kernels count with.
+LARGEST = 2**31 - 1
 
 
 class ServerOptions(BaseModel):
@@ -73,12 +75,20 @@ class ServerOptions(BaseModel):
         description="Pinned host memory for the chunks of dynamic heads, GiB a rank; by default the ranks "
         "of a node share a quarter of its memory, and none takes more than its KV cache / budget.",
     )
-    recall_interval: int = Field(default=1, ge=1, description="Decode steps between two chunk selections.")
+    recall_interval: int = Field(
+        default=1, ge=1, le=LARGEST, description="Decode steps between two chunk selections."
+    )
     pin_first_chunks: int = Field(
-        default=0, ge=0, description="First chunks that are always selected, as far as a head's hot slots go."
+        default=0,
+        ge=0,
+        le=LARGEST,
+        description="First chunks that are always selected, as far as a head's hot slots go.",
     )
     pin_recent_chunks: int = Field(
-        default=0, ge=0, description="Last prompt chunks that are always selected, as far as the slots go."
+        default=0,
+        ge=0,
+        le=LARGEST,
+        description="Last prompt chunks that are always selected, as far as the slots go.",
     )
     window: int = Field(
         default=64,

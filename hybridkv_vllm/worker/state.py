@@ -25,7 +25,7 @@ from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.errors import HybridKVConfigError
 from hybridkv_vllm.observe.heads import heads_report
 from hybridkv_vllm.observe.metrics import worker_metrics
-from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, make_plan
+from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, PromptPlan, make_plan
 from hybridkv_vllm.profile import read_profile
 from hybridkv_vllm.startup import model_shape
 from hybridkv_vllm.worker.compress import PrefillEnd
@@ -183,13 +183,7 @@ class HybridKVModelState(DefaultModelState):
         num_tokens = min(max(options.window, MIN_WARM_UP_TOKENS), self.vllm_config.model_config.max_model_len)
         if num_tokens < PAGE_TOKENS:
             return
-        # With room for landmarks, so that heads recall: a small budget of so short a prompt has none.
-        budget = (
-            max(options.budget_share, WARM_UP_BUDGET)
-            if options.recall_tier != "off"
-            else options.budget_share
-        )
-        plan = make_plan(num_tokens, (), budget, options.window, options.recall_tier)
+        plan = warm_up_plan(num_tokens, options)
         tables.grants[slot] = grant = ArenaGrant("warm-up", plan, (0,) * plan.arena_size)
         null_block = tables.pool[: shape.num_layers * shape.num_kv_heads]
         null_block.zero_()
@@ -244,3 +238,12 @@ class HybridKVModelState(DefaultModelState):
             self._tables.begin_step(slots, input_batch.num_reqs_after_padding)
         self._next_step_is_real = False
         return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
+
+
+def warm_up_plan(num_tokens: int, options: ServerOptions) -> PromptPlan:
+    """A prompt whose heads recall, if a request's may: whatever the server's budget, a request has its own.
+
+    A small budget of so short a prompt has no room for landmarks, and one of everything recalls nothing.
+    """
+    budget = options.budget_share if options.recall_tier == "off" else WARM_UP_BUDGET
+    return make_plan(num_tokens, (), budget, options.window, options.recall_tier)
