@@ -23,11 +23,15 @@ def caches(layer: Layer) -> tuple[Tensor, Tensor]:
     return key.contiguous(), value.contiguous()
 
 
+def rows(layer: Layer) -> list[Tensor]:
+    """Keys and values `[batch, tokens, KV_HEADS, HEAD_SIZE]`: each row's blocks one after the other."""
+    blocks = layer.ordinary.blocks.long()
+    return [cache[blocks].flatten(1, 2) for cache in caches(layer)]
+
+
 def sdpa(layer: Layer, out: Tensor) -> Callable[[], object]:
     """torch's attention over contiguous, padded keys and values."""
-    key, value = caches(layer)
-    blocks = layer.ordinary.blocks.long()
-    key, value = (cache[blocks].flatten(1, 2).transpose(1, 2).contiguous() for cache in (key, value))
+    key, value = (row.transpose(1, 2).contiguous() for row in rows(layer))
     inside = torch.arange(key.shape[2], device=key.device) < layer.row_len[:, None]
 
     def run() -> None:
@@ -87,10 +91,16 @@ def flash_attention_3(layer: Layer, out: Tensor) -> Callable[[], object]:
 
 
 def vllm_triton(layer: Layer, out: Tensor) -> Callable[[], object]:
-    """vLLM's unified attention in Triton."""
+    """vLLM's unified attention in Triton, in segments where vLLM's own backend splits a batch that small."""
+    from vllm.v1.attention.backends.triton_attn import MIN_LAUNCH_GRID_SIZE_2D, NUM_PAR_SOFTMAX_SEGMENTS
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     key, value = caches(layer)
+    most_rows = MIN_LAUNCH_GRID_SIZE_2D // KV_HEADS
+    # HEAD_SIZE is a power of two, so that it needs no padding.
+    shape = (most_rows, QUERY_HEADS, NUM_PAR_SOFTMAX_SEGMENTS, HEAD_SIZE)
+    segments = torch.empty(shape, dtype=torch.float32, device=out.device)
+    largest, total = torch.empty_like(segments[..., 0]), torch.empty_like(segments[..., 0])
     starts = torch.arange(layer.case.batch + 1, dtype=torch.int32, device=out.device)
     one = torch.ones((), dtype=torch.float32, device=out.device).expand(layer.case.batch, KV_HEADS)
     longest = int(layer.row_len.max())
@@ -113,6 +123,11 @@ def vllm_triton(layer: Layer, out: Tensor) -> Callable[[], object]:
             q_descale=None,
             k_descale=one,
             v_descale=one,
+            seq_threshold_3D=most_rows,
+            num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
+            softmax_segm_output=segments,
+            softmax_segm_max=largest,
+            softmax_segm_expsum=total,
         )
 
     return run
@@ -153,22 +168,24 @@ def flashinfer(layer: Layer, out: Tensor) -> Callable[[], object]:
 
 
 def xformers(layer: Layer, out: Tensor) -> Callable[[], object]:
-    """xFormers' memory-efficient attention over pages, with its split-KV kernel in Triton."""
+    """xFormers' memory-efficient attention over pages, with its split-KV kernel in Triton.
+
+    That takes no pages of 16 tokens, so the same keys and values are in larger ones here, in order.
+    """
     from xformers.ops import fmha
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
 
-    key, value = caches(layer)
+    group, page = QUERY_HEADS // KV_HEADS, fmha.triton_splitk.FwOp.BLOCK_N
+    padded = [F.pad(row, (0, 0, 0, 0, 0, -row.shape[1] % page)) for row in rows(layer)]
+    pages = torch.arange(padded[0][..., 0, 0].numel() // page, dtype=torch.int32, device=out.device)
     bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * layer.case.batch,
         kv_seqlen=layer.row_len.tolist(),
-        block_tables=layer.ordinary.blocks,
-        page_size=PAGE,
+        block_tables=pages.view(layer.case.batch, -1),
+        page_size=page,
     )
-    group = QUERY_HEADS // KV_HEADS
     query = layer.query.view(1, layer.case.batch, KV_HEADS, group, HEAD_SIZE)
-    grouped = [
-        cache.view(1, -1, KV_HEADS, 1, HEAD_SIZE).expand(-1, -1, -1, group, -1) for cache in (key, value)
-    ]
+    grouped = [cache.view(1, -1, KV_HEADS, 1, HEAD_SIZE).expand(-1, -1, -1, group, -1) for cache in padded]
 
     def run() -> None:
         mixed = fmha.memory_efficient_attention_forward(
