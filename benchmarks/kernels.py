@@ -1,7 +1,7 @@
 """Times the kernels at the sizes of a grid, against the card's limits and other libraries.
 
-Results that are wrong get no speed-up. On a CPU everything runs small, under Triton's interpreter, to check
-the harness: no times then, only bytes.
+Results that are wrong get no speed-up, and what fails keeps nothing else from its turn. On a CPU everything
+runs small, under Triton's interpreter, to check the harness: no times then, only bytes.
 
     python benchmarks/kernels.py --batch 8,32 --prompt 8192,32768 --out benchmarks/results/kernels
 """
@@ -28,13 +28,23 @@ from hybridkv_quality.environment import environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from speed.clock import copy_bandwidth, milliseconds, pinned_bandwidth, sets_needed
+from speed.clock import copy_bandwidth, is_lost, pinned_bandwidth, sets_needed, stays_cached
 from speed.layer import Case, CaseError
 from speed.operations import OPERATIONS, TOLERANCE
-from speed.prepared import Prepared
-from speed.results import COLUMNS, Record, Results, crosses_link, find_ratios, plot, size, write
+from speed.prepared import first_results, measure
+from speed.results import (
+    COLUMNS,
+    OFFLOAD,
+    Record,
+    Results,
+    crosses_link,
+    explained,
+    find_ratios,
+    plot,
+    size,
+    write,
+)
 from speed.rivals import RIVALS
-from torch import Tensor
 
 SEED = 0
 NEED_GPU = frozenset(RIVALS) - {"sdpa"}
@@ -117,6 +127,25 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
             yield "dense", Case(batch, prompt)
 
 
+def _todo(args: argparse.Namespace) -> list[tuple[str, str, Case]]:
+    """Operation, backend and case of each record, once.
+
+    Raises:
+        CaseError: a case cannot be, or there is none.
+    """
+    todo = dict.fromkeys(
+        (op, backend, OPERATIONS[op].case(case))
+        for op, case in _cases(args)
+        for backend in args.backends
+        if backend in OPERATIONS[op].backends and OPERATIONS[op].applies(case)
+    )
+    if not todo:
+        raise CaseError(
+            "nothing to measure: none of these backends does any of these operations at these sizes"
+        )
+    return list(todo)
+
+
 def _measure(op: str, backend: str, case: Case, device: torch.device, check: bool) -> Record:
     """One record; a backend that is not there, or does not take the size, says so in it."""
     record = Record(op=op, backend=backend, case=asdict(case), num_bytes=0)
@@ -125,41 +154,29 @@ def _measure(op: str, backend: str, case: Case, device: torch.device, check: boo
         return record
     try:
         _fill(record, case, device, check)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        # Rivals come in many versions, and some operations are of vLLM's worker: what one lacks or refuses
-        # must not cost the others their turn.
-        if backend not in RIVALS and not isinstance(error, ImportError):
-            raise
-        record.missing = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:
+        record.missing = explained(error)
+        # Rivals come in many versions, and some operations are of vLLM's worker: absence is no fault.
+        absent = isinstance(error, ImportError) or (backend in RIVALS and not isinstance(error, CaseError))
+        record.right = None if absent else False
     return record
-
-
-def _result(prepared: Prepared) -> Tensor:
-    """What it writes, to nothing that could have been there before."""
-    prepared.poison()
-    prepared.run()
-    return prepared.result().clone()
 
 
 def _fill(record: Record, case: Case, device: torch.device, check: bool) -> None:
     """Runs, checks and times."""
     make, prepare = OPERATIONS[record.op].make, OPERATIONS[record.op].prepare
     made = make(case, device, SEED)
-    reference = prepare(made.copy(), "torch") if check else None
-    prepared = prepare(made, record.backend)
-    record.num_bytes = prepared.num_bytes
-    found = [_result(one) for one in (reference, prepared) if one is not None]
-    if check:
-        record.error = prepared.error(found[-1], found[0])
-        record.right = record.error <= TOLERANCE
-    del found, reference
-    others = range(1, sets_needed(prepared.num_bytes, device))
-    sets = [
-        prepared,
-        *(prepare(make(case, device, SEED + number), record.backend) for number in others),
-    ]
-    record.ms = milliseconds([one.run for one in sets], device, eager=prepared.eager)
-    bandwidth = pinned_bandwidth(record.num_bytes, device) if crosses_link(record) else None
+    expected = first_results(prepare(made.copy(), "torch")) if check else None
+    sets = [prepare(made, record.backend)]
+    record.num_bytes = sets[0].num_bytes
+    others = range(SEED + 1, SEED + sets_needed(record.num_bytes, device))
+    sets += [prepare(make(case, device, seed), record.backend) for seed in others]
+    record.ms, record.error = measure(sets, device, expected)
+    record.right = None if record.error is None else record.error <= TOLERANCE
+    if not crosses_link(record):
+        record.cached = stays_cached(record.num_bytes, device)
+        return
+    bandwidth = pinned_bandwidth(record.num_bytes, device, to_host=record.op == OFFLOAD)
     if bandwidth is not None:
         record.link_ms = record.num_bytes / bandwidth * 1e3
 
@@ -170,8 +187,13 @@ def _print(results: Results, console: Console) -> None:
         if record.missing is None:
             table.add_row(*record.cells())
     console.print(table)
-    for line in sorted({f"{r.backend}: {r.missing}" for r in results.records if r.missing}):
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+    missing = [record for record in results.records if record.missing is not None]
+    told = [f"left out: {r.op} by {r.backend}: {r.missing}" for r in missing if r.right is None]
+    told += [
+        f"failed: {r.op} by {r.backend}, {size(r.case)}: {r.missing}" for r in missing if r.right is False
+    ]
+    for line in dict.fromkeys(told):
+        console.print(line, markup=False, soft_wrap=True)
     ratios = Table("ratio", "size", "value")
     for ratio in results.ratios:
         ratios.add_row(ratio.what, size(ratio.case), f"{ratio.value:.2f}")
@@ -179,32 +201,34 @@ def _print(results: Results, console: Console) -> None:
 
 
 def main() -> int:
-    """Measures and reports; 1 where a result is wrong."""
+    """Measures and reports; 1 where a result is wrong or something failed, 2 where there is nothing to do."""
     on_gpu = torch.cuda.is_available()
     args = _arguments(on_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     console = Console()
+    try:
+        todo = _todo(args)
+    except CaseError as error:
+        print(f"kernels.py: {error}", file=sys.stderr)
+        return 2
     results = Results(
         environment=environment(),
         copy_bandwidth=copy_bandwidth(device),
         pinned_bandwidth=pinned_bandwidth(PINNED_BYTES, device),
     )
-    try:
-        todo = dict.fromkeys(
-            (op, backend, OPERATIONS[op].case(case))
-            for op, case in _cases(args)
-            for backend in args.backends
-            if backend in OPERATIONS[op].backends and OPERATIONS[op].applies(case)
-        )
-        for op, backend, case in track(list(todo), console=console, disable=not console.is_terminal):
-            results.records.append(_measure(op, backend, case, device, not args.no_refcheck))
-            results.ratios = list(find_ratios(results))
-            if args.out is not None:
-                # After each: a lent machine's time may end before the grid does.
-                write(results, args.out)
-    except CaseError as error:
-        print(f"kernels.py: {error}", file=sys.stderr)
-        return 2
+    for op, backend, case in track(todo, console=console, disable=not console.is_terminal):
+        record = _measure(op, backend, case, device, not args.no_refcheck)
+        lost = record.missing is not None and is_lost(device)
+        if lost:
+            record.right = False
+        results.records.append(record)
+        results.ratios = list(find_ratios(results))
+        if args.out is not None:
+            # After each: a lent machine's time may end before the grid does.
+            write(results, args.out)
+        if lost:
+            print(f"kernels.py: {op} by {backend} has lost the device; the rest is left out", file=sys.stderr)
+            break
     _print(results, console)
     if args.out is not None:
         plot(results, args.out)

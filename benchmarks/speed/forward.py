@@ -91,4 +91,4 @@ def prefill(forward: Forward, backend: str) -> Prepared:
 
     weights = (forward.qkv, forward.out, forward.gate_up, forward.down)
     num_bytes = sum(part.nbytes for part in (forward.hidden, *weights))
-    return Prepared(run, lambda: result, num_bytes, lambda: result.fill_(torch.nan), eager=True)
+    return Prepared(run, result.clone, num_bytes, lambda: result.fill_(torch.nan), eager=True)

@@ -45,8 +45,8 @@ class Case:
         batch: requests that decode.
         prompt: tokens of each prompt, a multiple of 16.
         budget: share of the prompt's KV that stays.
-        skew: pages of the longest pruned head over those of the shortest.
-        dynamic: share of the heads that recall.
+        skew: pages of the longest pruned head over those of the shortest, where the prompt has as many.
+        dynamic: share of the heads that recall, a multiple of one head's.
         tier: where they recall from, `gpu` or `host`.
         missed: share of the chosen chunks that are fetched in a step.
         landmark: the landmarks' kind.
@@ -62,6 +62,13 @@ class Case:
     landmark: LandmarkKind = "sketch2"
 
     def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise CaseError(f"a batch has a request at least, not {self.batch}")
+        if not (0 <= self.dynamic <= 1 and float(self.dynamic * KV_HEADS).is_integer()):
+            raise CaseError(
+                f"of {KV_HEADS} heads no share of {self.dynamic:g} can recall; "
+                f"take a multiple of {1 / KV_HEADS:g}"
+            )
         if self.prompt < PAGE or self.prompt % PAGE:
             raise CaseError(f"a prompt has a multiple of {PAGE} tokens, not {self.prompt}")
         if self.tier not in ("gpu", "host"):
@@ -193,7 +200,12 @@ def head_pages(case: Case, landmark_pages: int) -> tuple[list[int], int]:
     if shares:
         # What rounding leaves; a negative rest pays for pages of heads that would have had none.
         shares[0] += left - sum(shares)
-    return [min(case.chunks, share) for share in shares], hot
+    lengths, surplus = [], 0
+    for share in shares:
+        # What is more than the prompt goes to the next longest.
+        lengths.append(min(case.chunks, share + surplus))
+        surplus += share - lengths[-1]
+    return lengths, hot
 
 
 def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
@@ -259,9 +271,31 @@ def make_layer(case: Case, device: torch.device, seed: int) -> Layer:
         store,
         owner,
     )
+    _weigh_ends(layer)
     if case.recalling:
         _begin_recall(layer, hot)
     return layer
+
+
+def _weigh_ends(layer: Layer) -> None:
+    """Lets the newest token, and the last of each pruned head's extent, count among the many others.
+
+    One of n tokens alike changes attention by about one part in sqrt(n): rounding would hide that it is left
+    out.
+    """
+    heads = torch.arange(KV_HEADS, device=layer.pool.device)
+
+    def weigh(pages: Tensor, last: Tensor, tokens: Tensor) -> None:
+        factor = (tokens.float().sqrt() / 4).clamp(min=1)[..., None].to(DTYPE)
+        layer.pool[pages, last, HEAD_SIZE:] *= factor
+
+    newest = layer.row_len.long() - 1
+    block = layer.compressed.blocks[layer.row_slot.long(), newest // PAGE].long()
+    weigh(block[:, None] * KV_HEADS + heads, newest[:, None] % PAGE, newest[:, None])
+    for row, first in enumerate(layer.recall.chunk_first[:, 0]):
+        start, length = layer.compressed.extents[row, 0, first < 0].long().unbind(-1)
+        last = length - 1
+        weigh(arena_pages(layer.compressed.arena[row], start + last // PAGE, KV_HEADS), last % PAGE, length)
 
 
 def _store(case: Case, store_blocks: int, device: torch.device) -> tuple[Tensor, object]:

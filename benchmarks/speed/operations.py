@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -14,23 +15,25 @@ from hybridkv_kernels.chunk_score import chunk_score
 from hybridkv_kernels.chunk_select import chunk_select
 from hybridkv_kernels.extent_decode import DecodeTables, extent_decode
 from hybridkv_kernels.pages import Backend
+from hybridkv_kernels.recall.layout import INDEX_BYTES
 from hybridkv_kernels.recall_decode import recall_decode
 from torch import Tensor
 
 from speed.forward import make_forward, prefill
 from speed.layer import (
+    KV_HEADS,
     NO_CHOICE,
+    QUERY_HEADS,
     SCALE,
     Case,
     Layer,
-    Misses,
     find_misses,
     make_layer,
     make_missing,
     query_that_misses,
 )
 from speed.prefill import landmarks, make_prompt, move, offload, prefill_end, window
-from speed.prepared import Prepared, error_of_most_heads
+from speed.prepared import Prepared, error_of_most_heads, error_of_worst_head
 from speed.rivals import RIVALS
 
 OURS: tuple[Backend, ...] = ("triton", "torch")
@@ -57,7 +60,13 @@ def _attention(layer: Layer, tables: DecodeTables, num_bytes: int, backend: Back
             backend,
         )
 
-    return Prepared(run, lambda: out, num_bytes, lambda: out.fill_(torch.nan))
+    return _writes(out, run, num_bytes)
+
+
+def _writes(out: Tensor, run: Callable[[], object], num_bytes: int) -> Prepared:
+    """Attention that writes `out`."""
+    poison = partial(out.fill_, torch.nan)
+    return Prepared(run, out.clone, num_bytes, poison, error=error_of_worst_head)
 
 
 def decode(layer: Layer, backend: str) -> Prepared:
@@ -70,8 +79,7 @@ def dense(layer: Layer, backend: str) -> Prepared:
     if backend not in RIVALS:
         return _attention(layer, layer.ordinary, layer.ordinary_bytes, cast("Backend", backend))
     out = torch.full_like(layer.query, torch.nan)
-    run = RIVALS[backend](layer, out)
-    return Prepared(run, lambda: out, layer.ordinary_bytes, lambda: out.fill_(torch.nan))
+    return _writes(out, RIVALS[backend](layer, out), layer.ordinary_bytes)
 
 
 def score(layer: Layer, backend: str) -> Prepared:
@@ -107,25 +115,7 @@ def score(layer: Layer, backend: str) -> Prepared:
 
 def select(layer: Layer, backend: str) -> Prepared:
     """Chunk weights to what is missing, where some is."""
-    return _select(layer, find_misses(layer), cast("Backend", backend))
-
-
-def _select(layer: Layer, misses: Misses, backend: Backend) -> Prepared:
-    work = layer.work
-
-    def run() -> None:
-        make_missing(layer, misses)
-        chunk_select(
-            layer.pool,
-            layer.row_slot,
-            layer.row_len,
-            layer.compressed,
-            layer.recall,
-            0,
-            layer.landmarks.layout,
-            work,
-            backend=backend,
-        )
+    work, misses = layer.work, find_misses(layer)
 
     def result() -> Tensor:
         """Which chunks come, and whose slots they get, in order; all else is stale."""
@@ -136,13 +126,36 @@ def _select(layer: Layer, misses: Misses, backend: Backend) -> Prepared:
         for written in (work.missing, work.freed, work.num_missing):
             written.fill_(STALE)
 
-    return Prepared(run, result, work.log_weight.nbytes, poison)
+    # Of each chunk of a head that recalls, the group's weights and the entry of its hot slot.
+    entry_bytes = QUERY_HEADS // KV_HEADS * work.log_weight.itemsize + INDEX_BYTES
+    return Prepared(
+        lambda: _choose(layer, cast("Backend", backend)),
+        result,
+        layer.case.batch * layer.case.recalling * layer.case.chunks * entry_bytes,
+        poison,
+        restore=lambda: make_missing(layer, misses),
+    )
+
+
+def _choose(layer: Layer, backend: Backend) -> None:
+    chunk_select(
+        layer.pool,
+        layer.row_slot,
+        layer.row_len,
+        layer.compressed,
+        layer.recall,
+        0,
+        layer.landmarks.layout,
+        layer.work,
+        backend=backend,
+    )
 
 
 def gather(layer: Layer, backend: str) -> Prepared:
     """Missing chunks into hot slots."""
     misses = find_misses(layer)
-    _select(layer, misses, "auto").run()
+    make_missing(layer, misses)
+    _choose(layer, "auto")
     work = layer.work
     num_bytes = int(work.num_missing.sum()) * layer.landmarks.layout.page_bytes
 
@@ -220,8 +233,8 @@ def _recall_step(
             backend=cast("Backend", backend),
         )
 
-    num_bytes += layer.compressed_bytes
-    return Prepared(run, lambda: out, num_bytes, lambda: out.fill_(torch.nan), error=error_of_most_heads)
+    prepared = _writes(out, run, num_bytes + layer.compressed_bytes)
+    return replace(prepared, error=error_of_most_heads, turns=len(queries))
 
 
 def _always(case: Case) -> bool:

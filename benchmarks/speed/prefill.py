@@ -29,7 +29,7 @@ from speed.layer import (
     Case,
     CaseError,
 )
-from speed.prepared import Prepared
+from speed.prepared import Prepared, relative_error
 
 if TYPE_CHECKING:
     from hybridkv_vllm.config import ServerOptions
@@ -205,26 +205,121 @@ def _compress(prompt: Prompt, backend: Backend) -> Selection:
     return end.compress().selection
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What the end of a prefill leaves behind, to compare.
+
+    Attributes:
+        extents: `[layers, KV_HEADS, 2]` int32, first page and tokens of each head.
+        chunk_first: `[layers, KV_HEADS]` int32, which heads recall, and from where; -1 for others.
+        kept: fingerprints of each head's rows in the arena, `[length]` int64.
+        weights: what the landmarks say, `[Hr, group, chunks]` fp32 of the Hr heads that recall in all layers.
+        stored: `[Hr, chunks]` int64, fingerprints of their pages on the host; none with tier `gpu`.
+    """
+
+    extents: Tensor
+    chunk_first: Tensor
+    kept: list[Tensor]
+    weights: Tensor
+    stored: Tensor
+
+    def error(self, expected: Ending) -> float:
+        """The largest of the landmarks' and of the shares of the heads' tokens that are others; or infinite.
+
+        Tokens whose scores are all but equal may take each other's place, and one chunk another's.
+        """
+        exact = ("extents", "chunk_first", "stored")
+        if not all(torch.equal(getattr(self, name), getattr(expected, name)) for name in exact):
+            return float("inf")
+        errors = [relative_error(self.weights, expected.weights)]
+        recalls = (self.chunk_first >= 0).flatten().tolist()
+        for found, wanted, chunks in zip(self.kept, expected.kept, recalls, strict=True):
+            strange = max(int((~torch.isin(*pair)).sum()) for pair in ((found, wanted), (wanted, found)))
+            errors.append(max(0, strange - chunks * PAGE) / max(1, len(wanted)))
+        return max(errors)
+
+
+def _fingerprints(rows: Tensor) -> Tensor:
+    """`[N]` int64, a number of each of N rows, which rows that differ share by chance only."""
+    words = rows.flatten(1).view(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, words.shape[1:], generator=generator).to(words.device)
+    return (words * (2 * factors + 1)).sum(dim=-1)
+
+
+def _store_pages(prompt: Prompt, chunk_first: Tensor) -> Tensor:
+    """`[Hr * chunks]` int64 pages of the host tier, of the heads of one layer that recall."""
+    chunks = torch.arange(prompt.case.chunks, device=chunk_first.device)
+    logical = chunk_first[chunk_first >= 0, None] + chunks
+    return store_pages(prompt.recall.tables.store_blocks[0], logical.flatten())
+
+
+def _weights(prompt: Prompt, layer: int) -> Tensor:
+    """What the landmarks say of one layer's chunks, as `Ending.weights`: single bits of them may differ."""
+    recall = prompt.recall
+    row = torch.zeros(1, dtype=torch.int32, device=prompt.pool.device)
+    chunk_score(
+        prompt.query[layer, -1:],
+        prompt.pool,
+        row,
+        row + prompt.case.prompt + 1,
+        prompt.tables.decode,
+        recall.tables,
+        layer,
+        SCALE,
+        recall.landmarks,
+        recall.work,
+        None,
+        backend="torch",
+    )
+    weights = recall.work.log_weight[recall.tables.chunk_first[0, layer] >= 0]
+    return (weights - weights.amax(-1, keepdim=True)).exp2()
+
+
+def _ending(prompt: Prompt) -> Ending:
+    """As the last compression left it."""
+    extents = prompt.tables.decode.extents[0].clone()
+    kept = [_fingerprints(rows) for rows in prompt.kept(extents)]
+    empty = torch.empty(0, prompt.case.chunks, device=prompt.pool.device)
+    if prompt.tables.recall is None:
+        first = torch.full_like(extents[..., 0], -1)
+        return Ending(extents, first, kept, empty, empty)
+    first = prompt.recall.tables.chunk_first[0].clone()
+    weights = torch.cat([_weights(prompt, layer) for layer in range(prompt.layers)])
+    if prompt.recall.tier is None:
+        return Ending(extents, first, kept, weights, empty)
+    store = prompt.recall.tier.store
+    stored = [_fingerprints(store[_store_pages(prompt, of_layer)]) for of_layer in first]
+    return Ending(extents, first, kept, weights, torch.cat(stored).view(-1, prompt.case.chunks))
+
+
 def prefill_end(prompt: Prompt, backend: str) -> Prepared:
     """All layers' end of a prefill: score, classify, choose, move, and send to the host what recalls.
 
     In a server the copies to the host hide behind the layers that follow; here they do not.
     """
-    extents = prompt.tables.decode.extents[0]
-
-    def result() -> Tensor:
-        """Each head's mean square: tokens whose scores are all but equal may take each other's place."""
-        return torch.stack([rows.double().square().mean() for rows in prompt.kept(extents)])
+    recall = prompt.tables.recall
 
     def poison() -> None:
         prompt.spoil_arena()
-        extents.zero_()
+        prompt.tables.decode.extents[0].zero_()
+        if recall is not None and recall.tier is not None:
+            recall.tier.store.fill_(torch.nan)
+        # The last run's scores are not to be found in the memory that the next one allocates for its own.
+        size = (prompt.layers, KV_HEADS, prompt.case.prompt)
+        spoilt = [torch.full(size, torch.nan, device=prompt.pool.device) for _ in ("mass", "votes")]
+        del spoilt
 
     num_bytes = prompt.layers * prompt.key_bytes + prompt.kept_bytes
-    if prompt.tables.recall is not None and prompt.recall.tier is not None:
+    if recall is not None and recall.tier is not None:
         num_bytes += prompt.recalling * 2 * prompt.key_bytes // KV_HEADS
     return Prepared(
-        lambda: _compress(prompt, cast("Backend", backend)), result, num_bytes, poison, eager=True
+        lambda: _compress(prompt, cast("Backend", backend)),
+        lambda: _ending(prompt),
+        num_bytes,
+        poison,
+        eager=True,
+        error=Ending.error,
     )
 
 
@@ -247,7 +342,7 @@ def window(prompt: Prompt, backend: str) -> Prepared:
             backend=cast("Backend", backend),
         )
 
-    return Prepared(run, lambda: mass, prompt.key_bytes, lambda: mass.fill_(torch.nan))
+    return Prepared(run, mass.clone, prompt.key_bytes, lambda: mass.fill_(torch.nan))
 
 
 def move(prompt: Prompt, backend: str) -> Prepared:
@@ -271,7 +366,6 @@ def move(prompt: Prompt, backend: str) -> Prepared:
 def landmarks(prompt: Prompt, backend: str) -> Prepared:
     """The landmarks of all heads that recall."""
     recall = prompt.recall
-    row = torch.zeros(1, dtype=torch.int32, device=prompt.pool.device)
 
     def run() -> None:
         landmark_build(
@@ -285,26 +379,8 @@ def landmarks(prompt: Prompt, backend: str) -> Prepared:
             backend=cast("Backend", backend),
         )
 
-    def result() -> Tensor:
-        """What they say of the first layer's chunks: single bits may differ."""
-        chunk_score(
-            prompt.query[0, -1:],
-            prompt.pool,
-            row,
-            row + prompt.case.prompt + 1,
-            prompt.tables.decode,
-            recall.tables,
-            0,
-            SCALE,
-            recall.landmarks,
-            recall.work,
-            None,
-            backend="torch",
-        )
-        weights = recall.work.log_weight[prompt.chunk_first[0] >= 0]
-        return (weights - weights.amax(-1, keepdim=True)).exp2()
-
-    return Prepared(run, result, prompt.recalling * prompt.key_bytes // KV_HEADS, prompt.spoil_arena)
+    num_bytes = prompt.recalling * prompt.key_bytes // KV_HEADS
+    return Prepared(run, lambda: _weights(prompt, 0), num_bytes, prompt.spoil_arena)
 
 
 def offload(prompt: Prompt, backend: str) -> Prepared:
@@ -317,8 +393,7 @@ def offload(prompt: Prompt, backend: str) -> Prepared:
     if recall.tier is None:
         raise CaseError(f"{prompt.case} has no chunks on the host")
     store, blocks = recall.tier.store, recall.tables.store_blocks[0]
-    logical = first[first >= 0, None] + torch.arange(prompt.case.chunks, device=first.device)
-    pages = store_pages(blocks, logical.flatten())
+    pages = _store_pages(prompt, first)
 
     def run() -> None:
         chunk_offload(

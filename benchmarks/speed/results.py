@@ -18,6 +18,7 @@ DENSE = "dense"
 GATHER, OFFLOAD, PREFILL, PREFILL_END = "gather", "offload", "prefill", "prefill_end"
 STEP, STEP_IN_PLACE, STEP_BETWEEN = "step", "step_in_place", "step_between"
 SHIPS = "triton"
+MOST_CHARACTERS = 800
 COLUMNS = ("operation", "by", "size", "MiB read", "ms", "GB/s", "relative error")
 
 
@@ -30,13 +31,21 @@ class Record(BaseModel):
     num_bytes: int = Field(description="Least bytes that the operation has to read.")
     ms: float | None = Field(default=None, description="Median of a launch; null on a CPU.")
     link_ms: float | None = Field(
-        default=None, description="Of a pinned copy of as many bytes, where they cross the link to the host."
+        default=None,
+        description="Of a pinned copy of as many bytes the same way, where they cross the link to the host.",
+    )
+    cached: bool = Field(
+        default=False,
+        description="Whether the data of all sets may stay in the device's cache: the time is not of memory.",
     )
     error: float | None = Field(
         default=None, description="Relative to the torch reference; null if unchecked."
     )
-    right: bool | None = Field(default=None, description="Whether the error is small; null if unchecked.")
-    missing: str | None = Field(default=None, description="Why this backend did not run.")
+    right: bool | None = Field(
+        default=None,
+        description="Whether the error is small; null if unchecked. False too where `missing` is a fault.",
+    )
+    missing: str | None = Field(default=None, description="Why there are no figures.")
 
     @property
     def gb_per_s(self) -> float | None:
@@ -52,7 +61,7 @@ class Record(BaseModel):
             size(self.case),
             f"{self.num_bytes / 2**20:.2f}",
             "-" if self.ms is None else f"{self.ms:.3f}",
-            "-" if self.gb_per_s is None else f"{self.gb_per_s:.0f}",
+            "-" if self.gb_per_s is None else f"{self.gb_per_s:.0f}{' cached' if self.cached else ''}",
             f"{checked} WRONG" if self.right is False else checked,
         ]
 
@@ -81,7 +90,7 @@ class Results(BaseModel):
 def find_ratios(results: Results) -> Iterator[Ratio]:
     """Bytes saved, and where there are times, shares of the card's limits and speed-ups.
 
-    Times count only where the operation was checked and right.
+    Times count only where the operation was checked and right, and its data came from memory.
     """
     for record in results.records:
         if record.backend != SHIPS or record.missing:
@@ -89,7 +98,7 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
         whole = _best(results, DENSE, record.case, _ships)
         if record.op == "decode" and whole is not None:
             yield _ratio("bytes of the full cache / of decode", record, whole.num_bytes / record.num_bytes)
-        if record.ms is None or not record.right:
+        if record.ms is None or not record.right or record.cached:
             continue
         limit = results.copy_bandwidth
         if record.link_ms is not None:
@@ -112,7 +121,8 @@ def find_ratios(results: Results) -> Iterator[Ratio]:
 def _shares_of_recall(results: Results, step: Record, step_ms: float) -> Iterator[Ratio]:
     """What scoring and choosing add to attention, of a step's time; of several where each few choose once."""
     parts = [_find(results, op, step) for op in ("decode", STEP_IN_PLACE, STEP_BETWEEN)]
-    times = [part.ms for part in parts if part is not None and part.ms is not None and part.right]
+    counts = [part for part in parts if part is not None and part.right and not part.cached]
+    times = [part.ms for part in counts if part.ms is not None]
     if len(times) < len(parts):
         return
     attention, in_place, between = times
@@ -126,6 +136,11 @@ def _shares_of_recall(results: Results, step: Record, step_ms: float) -> Iterato
 def crosses_link(record: Record) -> bool:
     """Whether its bytes come from or go to the host."""
     return record.op == OFFLOAD or (record.op == GATHER and bool(record.case["tier"] == "host"))
+
+
+def explained(error: Exception) -> str:
+    """An error in one line; what a library refuses comes at the end of a long list of its own."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_CHARACTERS]
 
 
 def _ratio(what: str, record: Record, value: float) -> Ratio:
@@ -180,17 +195,16 @@ def write(results: Results, out: Path) -> None:
     with (out / "kernels.csv").open("w", newline="") as file:
         cases = list(results.records[0].case) if results.records else []
         writer = csv.writer(file)
-        writer.writerow(["op", "backend", *cases, "num_bytes", "ms", "gb_per_s", "error", "right", "missing"])
+        figures = ("num_bytes", "ms", "gb_per_s", "cached", "error", "right", "missing")
+        writer.writerow(["op", "backend", *cases, *figures])
         for r in results.records:
             sizes = [r.case[name] for name in cases]
-            writer.writerow(
-                [r.op, r.backend, *sizes, r.num_bytes, r.ms, r.gb_per_s, r.error, r.right, r.missing]
-            )
+            writer.writerow([r.op, r.backend, *sizes, *(getattr(r, figure) for figure in figures)])
 
 
 def plot(results: Results, out: Path) -> None:
     """`kernels.png`, where there are times: each operation's bandwidth, against that of a copy."""
-    timed = [record for record in results.records if record.gb_per_s is not None and record.right]
+    timed = [r for r in results.records if r.gb_per_s is not None and r.right and not r.cached]
     if not timed:
         return
     import matplotlib

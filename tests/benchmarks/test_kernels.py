@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hybridkv_quality.environment import environment
 from scripts import load
-from speed import forward, operations, prefill
+from speed import clock, forward, operations, prefill
 from speed.layer import (
     KV_HEADS,
     Case,
@@ -24,8 +24,13 @@ from speed.layer import (
     query_that_misses,
 )
 from speed.operations import OPERATIONS
-from speed.prepared import error_of_most_heads, relative_error
+from speed.prepared import error_of_most_heads, error_of_worst_head, first_results, relative_error
 from speed.results import Ratio, Record, Results, find_ratios, plot
+from speed.rivals import RIVALS
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from hybridkv_vllm.worker import compress, recall
 
 kernels = load("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +87,72 @@ def test_what_is_wrong_or_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch
     assert (measured.right, measured.error) == (False, float("inf"))
 
 
+def test_what_goes_wrong_only_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, launches = operations.extent_decode, 0
+
+    def wrong_from_the_second_on(*args: object) -> None:
+        nonlocal launches
+        real(*args)
+        launches += args[-1] == "triton"
+        if launches > 1:
+            args[2].fill_(torch.nan)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(operations, "extent_decode", wrong_from_the_second_on)
+    assert kernels._measure("decode", "triton", SMALL, DEVICE, check=True).right is False
+
+
+def test_one_token_left_out_of_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = operations.extent_decode
+
+    def newest(query, pool, out, slot, length, *rest):  # type: ignore[no-untyped-def]
+        real(query, pool, out, slot, length - int(rest[-1] != "torch"), *rest[:-1], "torch")
+
+    def last_kept(query, pool, out, slot, length, tables, *rest):  # type: ignore[no-untyped-def]
+        fewer = torch.tensor([0, rest[-1] != "torch"], dtype=torch.int32, device=pool.device)
+        tables = replace(tables, extents=tables.extents - fewer)
+        real(query, pool, out, slot, length, tables, *rest[:-1], "torch")
+
+    for op, left_out, case in (
+        ("dense", newest, Case(1, 32768, 1.0, 1.0)),
+        ("decode", newest, Case(1, 32768, 0.1, 16.0)),
+        ("decode", last_kept, Case(1, 32768, 0.6, 16.0)),
+    ):
+        monkeypatch.setattr(operations, "extent_decode", left_out)
+        assert kernels._measure(op, "torch", case, DEVICE, check=True).right is True
+        # By far, not by chance: one of as many tokens alike is half of what is tolerated.
+        assert kernels._measure(op, "triton", case, DEVICE, check=True).error > 5 * operations.TOLERANCE
+
+
+@pytest.mark.parametrize("fault", ["none", "tenth", "nothing", "landmarks", "host", "move"])
+def test_what_is_wrong_at_the_end_of_a_prefill_is_noticed(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prefill.make_prompt(Case(1, 2048, 0.25, skew=1.0, dynamic=0.5, tier="host"), DEVICE, seed=1)
+    expected = first_results(prefill.prefill_end(prompt.copy(), "torch"))
+    real = compress.window_scores
+
+    def blind_to_a_tenth(*args: Tensor, backend: str) -> None:
+        real(*args, backend=backend)
+        for scores in args[7:9]:
+            scores[:, ::10] = 0
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        pass
+
+    module, name, wrong = {
+        "none": (compress, "window_scores", real),
+        "tenth": (compress, "window_scores", blind_to_a_tenth),
+        "nothing": (compress, "window_scores", nothing),
+        "landmarks": (recall, "landmark_build", nothing),
+        "host": (recall, "chunk_offload", nothing),
+        "move": (compress, "compact", nothing),
+    }[fault]
+    monkeypatch.setattr(module, name, wrong)
+    prepared = prefill.prefill_end(prompt, "torch")
+    error = prepared.error(first_results(prepared)[0], expected[0])
+    assert (error <= operations.TOLERANCE) == (fault == "none")
+
+
 @pytest.mark.parametrize(
     ("op", "kernel"),
     [
@@ -110,8 +181,6 @@ def test_the_end_of_a_prefill_is_the_workers_own() -> None:
     assert not prompt.extents.equal(prompt.tables.decode.extents[0])
     prepared.run()
     assert prompt.extents.equal(prompt.tables.decode.extents[0])
-    # Random keys and values: their mean square is 1.
-    assert torch.allclose(prepared.result(), torch.ones((), dtype=torch.float64), atol=0.2)
     recalled = prompt.recalling * 512 * 2 * 128 * 2
     assert prepared.num_bytes == prompt.layers * prompt.key_bytes + prompt.kept_bytes + recalled
     with pytest.raises(CaseError, match="smaller budget"):
@@ -132,6 +201,21 @@ def test_a_layers_forward_is_a_decoder_layers() -> None:
     gate, up = (hidden @ made.gate_up.double()).chunk(2, dim=-1)
     expected = hidden + (gate * gate.sigmoid() * up) @ made.down.double()
     assert relative_error(prepared.result(), expected) < 1e-2
+
+
+def test_a_choice_is_timed_without_what_lets_it_miss_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(Case(2, 512, 0.8, dynamic=0.25), DEVICE, seed=1)
+    chosen = operations.select(layer, "torch")
+    # The least to read: 7 weights and a hot slot of each chunk of the one head of each row that recalls.
+    assert chosen.num_bytes == 2 * 32 * (7 * 4 + 4)
+    assert chosen.restore is not None
+    chosen.restore()
+    before = layer.pool.clone()
+    chosen.run()
+    # It brings nothing back itself.
+    assert not torch.equal(layer.pool.view(torch.int16), before.view(torch.int16))
+    chosen.restore()
+    assert torch.equal(layer.pool.view(torch.int16), before.view(torch.int16))
 
 
 @pytest.mark.parametrize("missed", [0.01, 0.4])
@@ -173,6 +257,7 @@ def test_a_choice_that_rounding_decides_is_not_an_error_and_more_are() -> None:
     found[3, 7:14] = torch.nan
     found[5, :7] += 1
     assert error_of_most_heads(found, expected) == pytest.approx(1e-3, rel=1e-3)
+    assert error_of_worst_head(found, expected) == float("inf")
     found[6, :7] += 1
     assert error_of_most_heads(found, expected) > 0.5
     few = expected[:2].clone()
@@ -190,6 +275,20 @@ def test_pages_of_heads_fill_the_budget() -> None:
         head_pages(Case(1, 4096, 0.05, dynamic=0.5), landmark_pages=20)
     with pytest.raises(CaseError, match="multiple of 16"):
         Case(1, 100)
+    with pytest.raises(CaseError, match=r"share of 0\.1 .* multiple of 0\.25"):
+        Case(1, 4096, dynamic=0.1)
+
+
+def test_a_head_as_long_as_the_prompt_leaves_the_rest_of_the_budget_to_others() -> None:
+    case = Case(32, 32768, 0.6, skew=16.0)
+    pruned, _ = head_pages(case, landmark_pages=147)
+    assert sum(pruned) / (KV_HEADS * case.chunks) == pytest.approx(0.6, rel=0.01)
+    assert pruned == sorted(pruned, reverse=True)
+    assert pruned[0] == case.chunks
+    assert pruned[-1] < case.chunks / 8
+    # Where no head is as long, and where all are.
+    assert head_pages(Case(32, 32768, 0.1, skew=16.0), landmark_pages=147)[0] == [509, 201, 79, 31]
+    assert head_pages(Case(8, 8192, 1.0, skew=1.0), landmark_pages=37)[0] == [512] * 4
 
 
 def test_speed_is_compared_within_the_run_and_only_where_results_are_right() -> None:
@@ -248,6 +347,33 @@ def test_the_end_of_a_prefill_is_held_against_all_its_layers() -> None:
     assert ratios(offload)["offload: bytes over time / bandwidth of a copy"] == pytest.approx(1)
 
 
+def test_what_the_cache_answers_is_held_against_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    # Sixteen sets at most, of a megabyte and of ten.
+    cuda = torch.device("cuda")
+    assert [clock.stays_cached(size * 2**20, cuda) for size in (1, 10, 1000)] == [True, False, False]
+    assert not clock.stays_cached(1, torch.device("cpu"))
+    cached = record("gather", "triton", ms=1.0, num_bytes=10**6)
+    assert ratios(cached) != {}
+    cached.cached = True
+    assert ratios(cached) == {}
+    assert cached.cells()[5] == "1 cached"
+
+
+def test_chunks_to_the_host_are_held_against_a_copy_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bandwidth(num_bytes: int, device: torch.device, *, to_host: bool = False) -> float:
+        return 1e9 if to_host else 1e12
+
+    monkeypatch.setattr(kernels, "pinned_bandwidth", bandwidth)
+    case = Case(1, 256, 0.5, skew=1.0, dynamic=0.5, tier="host")
+    for op, expected in (("offload", 1e9), ("gather", 1e12)):
+        measured = kernels._measure(op, "torch", case, DEVICE, check=False)
+        assert measured.num_bytes / measured.link_ms * 1e3 == pytest.approx(expected)
+
+
 def test_times_are_drawn_where_there_are_some(tmp_path: Path) -> None:
     results = Results(environment=environment("a card"), copy_bandwidth=1e12, pinned_bandwidth=1e10)
     plot(results, tmp_path)
@@ -285,10 +411,74 @@ def test_the_command_writes_what_it_prints(
     with (tmp_path / "kernels.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(written.records)
 
-    monkeypatch.setattr("sys.argv", ["kernels.py", "--prompt", "100"])
-    assert kernels.main() == 2
-    assert "a prompt has a multiple of 16 tokens, not 100" in capsys.readouterr().err
+    for wrong, said in {
+        ("--prompt", "100"): "a prompt has a multiple of 16 tokens, not 100",
+        ("--batch", "0"): "a batch has a request at least, not 0",
+        ("--op", "decode", "--backends", "sdpa"): "nothing to measure",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["kernels.py", *wrong])
+        assert kernels.main() == 2
+        assert said in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["kernels.py", "--op", "decoding"])
     with pytest.raises(SystemExit, match="2"):
         kernels.main()
     assert "unknown: decoding (operations: dense, decode" in capsys.readouterr().err
+
+
+def run_grid(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[int, dict[tuple[str, str, float], Record]]:
+    """The command on a grid with a budget that cannot be: its status, and records by operation and budget."""
+    arguments = ["--op", "dense,decode,score", "--backends", "torch,sdpa", "--batch", "1", "--prompt", "256"]
+    arguments += ["--budget", "0.02,0.5", "--dynamic", "0.5", "--skew", "2", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["kernels.py", *arguments])
+    status = kernels.main()
+    written = Results.model_validate_json((out / "kernels.json").read_text())
+    return status, {(r.op, r.backend, r.case["budget"]): r for r in written.records}
+
+
+def test_what_fails_keeps_nothing_else_from_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(layer: object, out: object) -> None:
+        raise ValueError("not supported:\n  query: bfloat16\n  for want of a card")
+
+    monkeypatch.setattr(operations, "RIVALS", {**RIVALS, "sdpa": refuse})
+    status, found = run_grid(monkeypatch, tmp_path)
+    assert status == 1
+    rival = found["dense", "sdpa", 1.0]
+    assert rival.missing == "ValueError: not supported: query: bfloat16 for want of a card"
+    assert rival.right is None
+    impossible = found["decode", "torch", 0.02]
+    assert impossible.right is False
+    assert "CaseError: Case(batch=1, prompt=256, budget=0.02" in (impossible.missing or "")
+    assert all(found[op, "torch", 0.5].right for op in ("decode", "score"))
+    printed = capsys.readouterr().out
+    assert "left out: dense by sdpa: ValueError: not supported" in printed
+    assert "failed: decode by torch, 1 x 256, 2%, skew 2, 50% recall from gpu: CaseError" in printed
+
+    def too_large(*args: object, **kwargs: object) -> None:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    # Neither of Triton's errors is a RuntimeError.
+    monkeypatch.setattr(operations, "RIVALS", {**RIVALS, "sdpa": too_large})
+    monkeypatch.setattr(operations, "chunk_score", too_large)
+    status, found = run_grid(monkeypatch, tmp_path)
+    assert status == 1
+    assert found["dense", "sdpa", 1.0].right is None
+    assert found["score", "torch", 0.5].right is False
+    assert "shared memory" in (found["score", "torch", 0.5].missing or "")
+    assert found["decode", "torch", 0.5].right is True
+
+
+def test_a_lost_device_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(layer: object, out: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(operations, "RIVALS", {**RIVALS, "sdpa": fault})
+    monkeypatch.setattr(kernels, "is_lost", lambda device: True)
+    status, found = run_grid(monkeypatch, tmp_path)
+    assert status == 1
+    assert [*found] == [("dense", "torch", 1.0), ("dense", "sdpa", 1.0)]
+    assert found["dense", "sdpa", 1.0].right is False
+    assert "dense by sdpa has lost the device" in capsys.readouterr().err
