@@ -1,7 +1,8 @@
 """Times a layer's decode step under other tunings of the kernels, to see which constants a card wants.
 
 Each variant changes one thing of what ships, is checked against the torch reference, and is timed in the same
-run. On a CPU it runs small, under Triton's interpreter, without times.
+run; one that fails, for want of shared memory say, keeps no other from its turn. On a CPU it runs small,
+under Triton's interpreter, without times.
 
     python benchmarks/tune.py --out benchmarks/results/tune.json
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +37,11 @@ from hybridkv_kernels.recall.work import RecallWork
 from hybridkv_quality.environment import environment
 from rich.console import Console
 from rich.table import Table
-from speed.clock import milliseconds
-from speed.layer import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Case, Layer, make_layer
+from speed.clock import is_lost
+from speed.layer import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Case, CaseError, Layer, make_layer
 from speed.operations import OPERATIONS, TOLERANCE
+from speed.prepared import first_results, measure
+from speed.results import explained
 from torch import Tensor
 
 SEED = 0
@@ -157,8 +161,27 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 
 
-def measure(name: str, layer: Layer, reference: Tensor) -> tuple[float | None, float]:
-    """Milliseconds of a step, None on a CPU, and its error relative to the reference."""
+@dataclass(frozen=True)
+class Figures:
+    """What came of a variant: milliseconds of a step, None on a CPU, and its error; or why there are none."""
+
+    ms: float | None = None
+    error: float | None = None
+    failed: str | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether it did what it should."""
+        return self.error is not None and self.error <= TOLERANCE
+
+    def cells(self) -> tuple[str, str]:
+        """Columns of the table behind the variant's name."""
+        us = "-" if self.ms is None else f"{self.ms * 1e3:.1f}"
+        return us, self.failed or f"{self.error:.0e}"
+
+
+def measure_variant(name: str, layer: Layer, expected: list[Tensor]) -> Figures:
+    """Times a step, and checks it against the reference's results."""
     variant, device = VARIANTS[name], layer.pool.device
     with variant.applied():
         rows = layer.case.batch
@@ -170,14 +193,11 @@ def measure(name: str, layer: Layer, reference: Tensor) -> tuple[float | None, f
     # Outside, so that all variants get the same queries.
     step = OPERATIONS["step"].prepare(changed, "triton")
     with variant.applied():
-        step.poison()
-        step.run()
-        error = step.error(step.result(), reference)
-        return milliseconds([step.run], device), error
+        return Figures(*measure([step], device, expected))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures all variants and prints them, the fastest first; 1 where one is wrong."""
+    """Measures all variants and prints them, the fastest first; 1 where one is wrong or failed."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,25 +210,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tier", choices=("gpu", "host"), default="gpu")
     parser.add_argument("--out", type=Path, help="JSON file, written after each variant")
     args = parser.parse_args(arguments)
-    case = Case(args.batch, args.prompt, args.budget, args.skew, args.dynamic, args.tier)
-    layer = make_layer(case, torch.device("cuda" if on_gpu else "cpu"), SEED)
-    step = OPERATIONS["step"].prepare(layer.copy(), "torch")
-    step.run()
-    reference = step.result()
-    found: dict[str, dict[str, float | None]] = {}
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        case = Case(args.batch, args.prompt, args.budget, args.skew, args.dynamic, args.tier)
+        layer = make_layer(case, device, SEED)
+        expected = first_results(OPERATIONS["step"].prepare(layer.copy(), "torch"))
+    except CaseError as error:
+        print(f"tune.py: {error}", file=sys.stderr)
+        return 2
+    found: dict[str, Figures] = {}
     for name in VARIANTS:
-        ms, error = measure(name, layer, reference)
-        found[name] = {"ms": ms, "error": error}
+        try:
+            found[name] = measure_variant(name, layer, expected)
+        except Exception as error:
+            found[name] = Figures(failed=explained(error))
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            report = {"environment": environment().model_dump(), "case": asdict(case), "variants": found}
+            variants = {name: asdict(figures) for name, figures in found.items()}
+            report = {"environment": environment().model_dump(), "case": asdict(case), "variants": variants}
             args.out.write_text(json.dumps(report, indent=1) + "\n")
+        if found[name].failed is not None and is_lost(device):
+            print(f"tune.py: the device is lost after {name!r}; the rest is left out", file=sys.stderr)
+            break
     table = Table("variant", "us", "relative error", title=f"a step of a layer: {case}")
-    for name, record in sorted(found.items(), key=lambda item: item[1]["ms"] or 0.0):
-        us = "-" if record["ms"] is None else f"{record['ms'] * 1e3:.1f}"
-        table.add_row(name, us, f"{record['error']:.0e}")
+    for name, figures in sorted(found.items(), key=lambda item: item[1].ms or math.inf):
+        table.add_row(name, *figures.cells())
     Console().print(table)
-    return int(any(not record["error"] <= TOLERANCE for record in found.values()))
+    return int(not all(figures.right for figures in found.values()))
 
 
 if __name__ == "__main__":

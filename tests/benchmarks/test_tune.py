@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hybridkv_kernels.chunk_score import triton as score
 from scripts import load
+from triton.runtime.errors import OutOfResources
 
 tune = load("tune")
 FEW = ("as it ships", "static heads beside the scores too", "scores of 4 chunks, 2 warps, 3 stages")
@@ -51,5 +52,17 @@ def test_all_are_checked(
     def nothing(*args: object, meanwhile: object, **kwargs: object) -> None:
         pass
 
-    monkeypatch.setitem(tune.VARIANTS, FEW[1], tune.Variant({(tune.recall_decode, "chunk_recall"): nothing}))
+    def too_large(*args: object, **kwargs: object) -> None:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    wrong = {
+        name: tune.Variant({(tune.recall_decode, "chunk_recall"): kernel})
+        for name, kernel in {"does nothing": nothing, "does not fit": too_large}.items()
+    }
+    monkeypatch.setattr(tune, "VARIANTS", wrong | {FEW[0]: tune.VARIANTS[FEW[0]]})
     assert tune.main(arguments) == 1
+    found = json.loads(out.read_text())["variants"]
+    assert found["does nothing"]["error"] > 1e-2
+    assert found["does not fit"]["failed"].startswith("OutOfResources: out of resource: shared memory")
+    assert found[FEW[0]]["error"] < 1e-2
+    assert tune.main(["--dynamic", "0.1"]) == 2
