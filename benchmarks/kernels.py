@@ -40,6 +40,7 @@ from speed.results import (
     crosses_link,
     explained,
     find_ratios,
+    not_measured,
     plot,
     size,
     write,
@@ -187,12 +188,7 @@ def _print(results: Results, console: Console) -> None:
         if record.missing is None:
             table.add_row(*record.cells())
     console.print(table)
-    missing = [record for record in results.records if record.missing is not None]
-    told = [f"left out: {r.op} by {r.backend}: {r.missing}" for r in missing if r.right is None]
-    told += [
-        f"failed: {r.op} by {r.backend}, {size(r.case)}: {r.missing}" for r in missing if r.right is False
-    ]
-    for line in dict.fromkeys(told):
+    for line in not_measured(results):
         console.print(line, markup=False, soft_wrap=True)
     ratios = Table("ratio", "size", "value")
     for ratio in results.ratios:

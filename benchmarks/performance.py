@@ -19,7 +19,7 @@ from hybridkv_serving.figures import COLUMNS as COLUMNS_OF_SERVERS
 from hybridkv_serving.figures import Report
 from hybridkv_serving.figures import plot as plot_servers
 from hybridkv_serving.kinds import KINDS
-from speed.results import COLUMNS, Ratio, Results, plot, size
+from speed.results import COLUMNS, Ratio, Results, not_measured, plot, size
 
 FOLDER = Path(__file__).resolve().parent / "results" / "performance"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -254,8 +254,8 @@ def _head() -> Iterator[str]:
     yield "Those files are made by `benchmarks/kernels.py`, `serve.py` and `engines.py`, on a GPU through"
     yield "`tools/gpu_check.sh`. A ratio compares two figures of one run on one machine; a result unlike the"
     yield "torch reference's gets none, nor does a run that left a turn unanswered. Kernels are replayed as a"
-    yield "CUDA graph, over more data than the cache holds; the end of a prefill is launched from Python, as"
-    yield "it is in a server."
+    yield "CUDA graph, over more data than the cache holds; a record marked `cached` had less and is held"
+    yield "against no copy. The end of a prefill is launched from Python, as it is in a server."
     yield ""
 
 
@@ -312,9 +312,9 @@ def _kernels(results: Results, machine: str, plots: Path) -> Iterator[str]:
         yield "Run under Triton's interpreter: it says what is right and what is read, and nothing of time."
     yield ""
     yield from _table(COLUMNS, [record.cells() for record in results.records if record.missing is None])
-    missing = sorted({f"{r.backend} ({r.missing})" for r in results.records if r.missing})
+    missing = not_measured(results)
+    yield from (f"- {line}" for line in missing)
     if missing:
-        yield "Not there: " + ", ".join(missing) + "."
         yield ""
     yield from _table(
         ["ratio", "size", "value"], [[r.what, size(r.case), f"{r.value:.2f}"] for r in results.ratios]

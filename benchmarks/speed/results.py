@@ -231,3 +231,13 @@ def plot(results: Results, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out / "kernels.png", dpi=150)
     pyplot.close(figure)
+
+
+def not_measured(results: Results) -> list[str]:
+    """A line for each backend that is not there and for each case that failed."""
+    missing = [record for record in results.records if record.missing is not None]
+    told = [f"left out: {r.op} by {r.backend}: {r.missing}" for r in missing if r.right is None]
+    told += [
+        f"failed: {r.op} by {r.backend}, {size(r.case)}: {r.missing}" for r in missing if r.right is False
+    ]
+    return list(dict.fromkeys(told))
