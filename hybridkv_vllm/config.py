@@ -142,8 +142,8 @@ class RequestOptions(BaseModel):
     hybridkv_enabled: bool = Field(default=True, description="False leaves this prompt uncompressed.")
     hybridkv_report: bool = Field(
         default=False,
-        description="The answer, if it is not streamed, says what became of the prompt, as "
-        "`kv_transfer_params.hybridkv`.",
+        description="The answer, if it is neither streamed nor ended by a `stop` string, says what became of "
+        "the prompt, as `kv_transfer_params.hybridkv`.",
     )
 
 

@@ -110,13 +110,16 @@ def _patch_request_check() -> None:
     vLLM validates its own parameters in `_validate_params` and offers plugins no hook but a logits
     processor, which would cost every sampling step. `AsyncLLM.generate` gets there only once its first
     output is awaited, when a streamed answer has sent its status 200; so its call is checked too. The
-    Responses API calls even that only once its stream is read (see `_install_server_hooks`).
+    Responses API calls even that only once its stream is read (see `_install_server_hooks`). Without a server
+    it is `LLMEngine.add_request` that is given the rendered prompt.
     """
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     validate, generate, create = InputProcessor._validate_params, AsyncLLM.generate, AsyncLLM.__init__
+    add_request = LLMEngine.add_request
 
     @functools.wraps(validate)
     def checked_validate(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,9 +137,17 @@ def _patch_request_check() -> None:
         if kwargs.get("usage_context") is UsageContext.OPENAI_API_SERVER:
             _install_server_hooks()
 
+    @functools.wraps(add_request)
+    def checked_add_request(
+        self: LLMEngine, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        _check_request(self, prompt, params)
+        return add_request(self, request_id, prompt, params, *args, **kwargs)
+
     InputProcessor._validate_params = checked_validate
     AsyncLLM.generate = checked_generate
     AsyncLLM.__init__ = checked_create
+    LLMEngine.add_request = checked_add_request
 
 
 def _check_options(vllm_config: VllmConfig, params: Any) -> None:

@@ -51,6 +51,8 @@ class HybridKVScheduler(Scheduler):
         self._ending_tokens = 0
         # Requests whose answer says what became of their prompt.
         self._reporting: set[str] = set()
+        # What a preempted one was told: the token of a step under way may still end it.
+        self._reports: dict[str, dict[str, Any]] = {}
 
     def add_request(self, request: Request) -> None:
         """Decides, when a request arrives, whether and how its prompt will be compressed."""
@@ -147,6 +149,8 @@ class HybridKVScheduler(Scheduler):
         registered the chunk's blocks by then, and whoever hits them reads what lay there before.
         """
         blocks = self.hybridkv_manager.req_to_blocks.get(request.request_id, ())
+        if request.request_id in self._reporting:
+            self._reports[request.request_id] = self._describe(request)
         not_computed = blocks[request.num_computed_tokens // PAGE_TOKENS :]
         self.kv_cache_manager.evict_blocks({block.block_id for block in not_computed})
         super()._preempt_request(request, *args, **kwargs)
@@ -156,11 +160,11 @@ class HybridKVScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """As in vLLM; then the prompt blocks of the step just processed go back to the pool."""
         manager = self.hybridkv_manager
-        # A request that was aborted or preempted in between has given everything back already.
+        # A request that was aborted in between is nobody's any more.
         grants = [
             grant
             for grant in getattr(scheduler_output, GRANTS_ATTRIBUTE, ())
-            if grant.request_id in manager.arenas
+            if grant.request_id in self.requests
         ]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for grant in grants:
@@ -168,6 +172,9 @@ class HybridKVScheduler(Scheduler):
             if request is None:
                 # It ended in this very step, which gave back everything.
                 self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
+                continue
+            if grant.request_id not in manager.arenas:
+                # Preempted in between: it has given back everything, and will be compressed again.
                 continue
             processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
             self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
@@ -193,6 +200,11 @@ class HybridKVScheduler(Scheduler):
         if request.request_id not in self._reporting:
             return None
         self._reporting.discard(request.request_id)
+        before = self._reports.pop(request.request_id, None)
+        is_waiting = request.request_id not in self.hybridkv_manager.arenas
+        return before if before is not None and is_waiting else self._describe(request)
+
+    def _describe(self, request: Request) -> dict[str, Any]:
         manager, num_tokens = self.hybridkv_manager, request.num_prompt_tokens
         plan = manager.plans.get(request.request_id)
         if plan is None or request.request_id not in manager.arenas:
