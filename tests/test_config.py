@@ -9,6 +9,7 @@ import pytest
 
 from hybridkv_vllm.config import ServerOptions, parse_request_options, parse_server_options
 from hybridkv_vllm.errors import HybridKVConfigError
+from hybridkv_vllm.policies import PolicyOptions
 
 
 def test_the_names_and_defaults_that_users_were_promised() -> None:
@@ -88,6 +89,15 @@ def test_text_from_the_command_line_is_understood() -> None:
 def test_full_keeps_everything_whatever_budget_is_asked() -> None:
     assert parse_server_options({"policy": "full", "budget": 0.1}).budget_share == 1.0
     assert parse_server_options({"policy": "snapkv", "budget": 0.1}).budget_share == 0.1
+
+
+def test_policies_see_what_the_server_was_told() -> None:
+    options = parse_server_options(
+        {"classifier": "union", "theta": 0.5, "dynamic_share": 0.7, "static_weight": "sparse"}
+    )
+    assert options.policy_options() == PolicyOptions(
+        classifier="union", theta=0.5, dynamic_share=0.7, static_weight="sparse"
+    )
 
 
 @pytest.mark.parametrize("tier", ["host", "gpu", "off"])

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: p
     finding = doctor._host_memory()
     assert finding.status == "ok"
     assert finding.found.startswith("up to 12.5 GiB by default")
+
+
+def test_the_doctor_wants_the_vllm_that_the_package_asks_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    low, high = (".".join(map(str, version)) for version in doctor.VLLM_VERSIONS)
+    assert project["optional-dependencies"]["gpu"] == [f"vllm>={low},<{high}"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,15 @@ import math
 from fractions import Fraction
 
 import pytest
+from hybridkv_kernels import PAGE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_vllm.plan import Tier, arena_blocks, make_plan, observation_window
+from hybridkv_vllm.plan import PAGE_TOKENS, Tier, arena_blocks, make_plan, observation_window
+
+
+def test_a_page_is_what_the_kernels_take_for_one() -> None:
+    assert PAGE_TOKENS == PAGE
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,10 @@ from hybridkv_vllm.plan import Tier, arena_blocks, make_plan, observation_window
 )
 def test_observation_window(num_tokens: int, spans: list[tuple[int, int]], window: int) -> None:
     assert observation_window(num_tokens, spans, 64) == window
+
+
+def test_a_shorter_window_option_holds_after_a_picture_too() -> None:
+    assert observation_window(1000, [(10, 1000)], 16) == 16
 
 
 @given(budget=st.integers(1, 1000).map(lambda n: Fraction(n, 1000)), num_tokens=st.integers(1, 200_000))
@@ -64,6 +73,13 @@ def test_chunks_keep_the_window_whole_and_stop_at_the_prompts_end(
     assert num_tokens in boundaries
     last_start = max([0, *[b for b in boundaries if b < num_tokens]])
     assert num_tokens - last_start >= max(plan.window, 2)
+
+
+def test_the_last_chunk_is_never_a_single_token() -> None:
+    """As after a picture that one token of text follows: a decode's step would score nothing."""
+    plan = make_plan(160, ((10, 159),), 0.25, 64)
+    assert plan.window == 1
+    assert plan.last_chunk_start == plan.clip_chunk(0, 159) == 158
 
 
 @given(num_tokens=st.integers(16, 600), budget=st.sampled_from([0.1, 0.5, 0.97, 1.0]))

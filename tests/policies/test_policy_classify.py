@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_cases import CASES, causal, random_scores, scores_of
+from policy_cases import CASES, causal, made_scores, random_scores, scores_of
 from torch import Tensor
 
 from hybridkv_vllm.policies import CLASSIFIERS, POLICIES, PROFILE, PolicyOptions, PromptScores, get_policy
@@ -92,6 +92,15 @@ def test_static_at_exactly_theta() -> None:
     scores = random_scores(0)
     figure = float(classify(scores, PolicyOptions()).figure[0, 0])
     assert not classify(scores, PolicyOptions(theta=figure)).dynamic[0, 0]
+
+
+# With no number among the votes `union` finds no token that matters: that is a figure, 1.
+@pytest.mark.parametrize("classifier", CLASSIFIERS.keys() - {"union"})
+def test_a_head_without_a_figure_is_dynamic_unless_theta_is_0(classifier: str) -> None:
+    nan = torch.full((1, 2, 32), torch.nan)
+    scores = made_scores(nan, nan, window=4, is_visual=torch.arange(32) < 9)
+    assert classify(scores, PolicyOptions(classifier=classifier)).dynamic.all()
+    assert not classify(scores, PolicyOptions(classifier=classifier, theta=0.0)).dynamic.any()
 
 
 def one_layer(scores: PromptScores, layer: int) -> PromptScores:
