@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from vllm.sampling_params import SamplingParams
+from pools import SPEC, make_pool, make_request
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request, RequestStatus
 
+from hybridkv_vllm.config import parse_server_options
 from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Tier, ceil_pages, make_plan
-from hybridkv_vllm.plugin import register
-from hybridkv_vllm.scheduling.manager import HybridKVManager
-from hybridkv_vllm.scheduling.spec import HybridKVSpec
-
-register()
-init_none_hash(sha256)
 
 POOL_BLOCKS = 40
-SPEC = HybridKVSpec(block_size=PAGE_TOKENS, num_kv_heads=2, head_size=16, dtype=torch.float32)
 
 
 @dataclass
@@ -44,7 +36,7 @@ class Life:
 
     @property
     def processed(self) -> int:
-        return self.request.num_computed_tokens - self.in_flight
+        return int(self.request.num_computed_tokens) - self.in_flight
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -52,19 +44,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @initialize(caching=st.booleans())
     def start(self, caching: bool) -> None:
-        self.manager = KVCacheManager(
-            KVCacheConfig(
-                num_blocks=POOL_BLOCKS,
-                kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], SPEC)],
-            ),
-            max_model_len=512,
-            scheduler_block_size=PAGE_TOKENS,
-            hash_block_size=PAGE_TOKENS,
-            enable_caching=caching,
-        )
-        (self.ours,) = self.manager.coordinator.single_type_managers
-        assert isinstance(self.ours, HybridKVManager)
+        self.manager, self.ours = make_pool(POOL_BLOCKS, 512, caching=caching)
         self.pool = self.manager.block_pool
         self.free_at_start = self.pool.get_num_free_blocks()
         self.lives: dict[str, Life] = {}
@@ -80,11 +60,10 @@ class ManagerMachine(RuleBasedStateMachine):
     def arrive(self, length: int, family: int, budget: float | None, tier: Tier) -> None:
         """Prompts of one family share their prefix, so prefix hits occur."""
         self.count += 1
-        request = Request(
-            f"r{self.count}",
-            [family * 1000 + position for position in range(length)],
-            SamplingParams(max_tokens=64),
-            None,
+        request = make_request(
+            range(family * 1000, family * 1000 + length),
+            max_tokens=64,
+            name=f"r{self.count}",
             block_hasher=get_request_block_hasher(PAGE_TOKENS, sha256),
         )
         plan = None
@@ -128,6 +107,7 @@ class ManagerMachine(RuleBasedStateMachine):
         life.in_flight += length
         for grant in self.ours.take_grants():
             assert grant.request_id == request.request_id
+            assert plan is not None
             assert request.num_computed_tokens == plan.num_tokens, "granted on the step that ends the prefill"
             assert len(grant.block_ids) == plan.arena_size
 
@@ -236,43 +216,36 @@ ManagerMachine.TestCase.settings = settings(
 TestManagerStates = ManagerMachine.TestCase
 
 
-def test_the_largest_prompt_fits_a_pool_of_what_the_spec_asks_for() -> None:
+@pytest.mark.parametrize(
+    ("options", "longest", "blocks"),
+    [
+        ({"budget": 0.25}, 512, 32 + 8),
+        ({"budget": 0.25}, 500, 32 + 8),
+        # Its arena is the whole prompt, whatever budget is asked.
+        ({"budget": 0.25, "policy": "full"}, 512, 32 + 32),
+    ],
+)
+def test_the_largest_prompt_fits_a_pool_of_what_the_spec_asks_for(
+    options: dict[str, Any], longest: int, blocks: int
+) -> None:
     """`max_memory_usage_bytes` counts prompt and arena, so that one longest request always fits."""
-
-    class Config:
-        class model_config:
-            max_model_len = 512
-
-        additional_config: ClassVar = {"hybridkv": {"budget": 0.25}}
-
-    blocks = SPEC.max_memory_usage_bytes(Config) // SPEC.page_size_bytes
-    assert blocks == 512 // PAGE_TOKENS + 512 // 4 // PAGE_TOKENS
-    manager = KVCacheManager(
-        # The null block comes on top, as in vLLM's own check.
-        KVCacheConfig(blocks + 1, [], [KVCacheGroupSpec(["layer"], SPEC)]),
-        max_model_len=512,
-        scheduler_block_size=PAGE_TOKENS,
-        hash_block_size=PAGE_TOKENS,
-        enable_caching=False,
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=longest), additional_config={"hybridkv": options}
     )
-    (ours,) = manager.coordinator.single_type_managers
-    request = Request("r", list(range(511)), SamplingParams(max_tokens=1), None)
-    ours.add_plan("r", make_plan(511, (), 0.25, longest_window=64))
-    assert manager.allocate_slots(request, 511, full_sequence_must_fit=True) is not None
+    assert SPEC.max_memory_usage_bytes(config) == blocks * SPEC.page_size_bytes
+    # The null block comes on top, as in vLLM's own check.
+    manager, ours = make_pool(blocks + 1, longest)
+    request = make_request(longest - 1, max_tokens=1)
+    budget = parse_server_options(options).budget_share
+    ours.add_plan("r", make_plan(longest - 1, (), budget, longest_window=64))
+    assert manager.allocate_slots(request, longest - 1, full_sequence_must_fit=True) is not None
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 1.0])
 def test_a_compressed_request_holds_its_arena_and_its_tail(budget: float) -> None:
-    manager = KVCacheManager(
-        KVCacheConfig(200, [], [KVCacheGroupSpec(["layer"], SPEC)]),
-        max_model_len=2048,
-        scheduler_block_size=PAGE_TOKENS,
-        hash_block_size=PAGE_TOKENS,
-        enable_caching=False,
-    )
-    (ours,) = manager.coordinator.single_type_managers
+    manager, ours = make_pool(200)
     free = manager.block_pool.get_num_free_blocks()
-    request = Request("r", list(range(1000)), SamplingParams(max_tokens=8), None)
+    request = make_request(1000)
     plan = make_plan(1000, (), budget, longest_window=64)
     ours.add_plan("r", plan)
     assert manager.allocate_slots(request, 1000) is not None
@@ -280,3 +253,13 @@ def test_a_compressed_request_holds_its_arena_and_its_tail(budget: float) -> Non
     manager.remove_skipped_blocks("r", 1000, 1000)
     assert free - manager.block_pool.get_num_free_blocks() == 1 + plan.arena_size
     assert plan.arena_size == -(-round(budget * 1000) // 16)
+
+
+def test_a_request_that_goes_in_the_step_of_its_arena_leaves_no_grant() -> None:
+    manager, ours = make_pool(40)
+    request = make_request(64)
+    ours.add_plan("r", make_plan(64, (), 0.25, longest_window=32))
+    assert manager.allocate_slots(request, 64) is not None
+    assert ours.num_arena_blocks == 1
+    manager.free(request)
+    assert ours.take_grants() == []
