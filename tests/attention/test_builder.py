@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from hybridkv_kernels.extent_decode import DecodeTables
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from hybridkv_vllm.attention.builder import HybridKVMetadata, HybridKVMetadataBuilder
+from hybridkv_vllm.attention.builder import REPLAY_ROWS, HybridKVMetadata, HybridKVMetadataBuilder
+from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.config import ServerOptions
 from hybridkv_vllm.plan import ArenaGrant, make_plan
 from hybridkv_vllm.worker.tables import CacheShape, RequestTables
@@ -56,7 +58,8 @@ def build(
     tables.begin_step(slots if live else None, len(rows))
     builder = object.__new__(HybridKVMetadataBuilder)
     builder.device = torch.device("cpu")
-    builder._impl = SimpleNamespace(tables=tables, options=ServerOptions(), kernel_backend="torch")
+    impl = SimpleNamespace(tables=tables, options=ServerOptions(), kernel_backend="torch")
+    builder._impl = cast(HybridKVImpl, impl)
     builder._dense = recorder = Recorder()
     starts = torch.tensor([0, *np.cumsum([length for _, _, length in rows])], dtype=torch.int32)
     seq_lens = torch.tensor([computed + length for _, computed, length in rows], dtype=torch.int32)
@@ -98,6 +101,15 @@ def test_a_replay_splits_the_dense_rows_and_no_run_keeps_a_schedule() -> None:
     assert set(replay.row_slot.tolist()) == {2}
     assert replay.row_len.tolist() == list(range(401, 601))
     assert not metadata.prefill_ends
+
+
+def test_a_long_replay_goes_on_where_its_first_part_ends() -> None:
+    tokens = 2 * REPLAY_ROWS + 276
+    metadata, _ = build([(2, 400, tokens)], planned={2: 400})
+    starts = (0, REPLAY_ROWS, 2 * REPLAY_ROWS, tokens)
+    assert [rows.tokens for rows in metadata.decodes] == [slice(*part) for part in pairwise(starts)]
+    row_len = torch.cat([rows.row_len for rows in metadata.decodes])
+    assert row_len.tolist() == list(range(401, 401 + tokens))
 
 
 def test_a_dummy_step_takes_no_slot_for_real() -> None:

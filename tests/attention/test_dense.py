@@ -6,12 +6,13 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 from hybridkv_vllm.attention import dense
-from hybridkv_vllm.attention.dense import TorchDenseImpl, TorchRow, dense_backend
+from hybridkv_vllm.attention.dense import TorchDenseImpl, TorchRow, dense_backend, slice_rows
 
 HEAD_SIZE, KV_HEADS, GROUP, BLOCKS = 16, 2, 3, 9
 
@@ -72,3 +73,28 @@ def test_flash_attention_serves_where_it_reads_our_pages(
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: version)
     monkeypatch.setattr(dense, "is_flash_attn_varlen_func_available", lambda: True)
     assert dense_backend("triton", torch.bfloat16, head_size) is backend
+
+
+def test_a_run_of_rows_has_its_own_limits() -> None:
+    """Those of the second and third row, whose tokens are 1 to 23 of the step's."""
+    starts = torch.tensor([0, 1, 4, 24, 30], dtype=torch.int32)
+    seq_lens = torch.tensor([90, 33, 20, 70], dtype=torch.int32)
+    step = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=seq_lens,
+        num_reqs=4,
+        num_actual_tokens=30,
+        max_query_len=20,
+        max_seq_len=90,
+        block_table_tensor=torch.arange(4)[:, None],
+        slot_mapping=torch.arange(30),
+        req_idx=None,
+    )
+    rows = slice_rows(step, slice(1, 3))
+    assert (rows.max_query_len, rows.max_seq_len, rows.num_reqs, rows.num_actual_tokens) == (20, 33, 2, 23)
+    assert rows.query_start_loc.tolist() == rows.query_start_loc_cpu.tolist() == [0, 3, 23]
+    assert rows.seq_lens.tolist() == [33, 20]
+    assert rows.slot_mapping.tolist() == list(range(1, 24))
+    assert rows.block_table_tensor.flatten().tolist() == [1, 2]
