@@ -21,6 +21,7 @@ from hybridkv_vllm.worker.host_tier import (
     HostTier,
     Reservation,
     default_pool_bytes,
+    local_ranks,
     requested_pool_bytes,
 )
 
@@ -279,13 +280,11 @@ def memory_gib(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kv_gib", "budget", "local_ranks", "expected_gib"),
+    ("kv_gib", "budget", "ranks", "expected_gib"),
     [(100, 0.1, 1, 16), (100, 0.1, 4, 4), (1, 0.25, 1, 4), (1, 0.25, 4, 4), (1, 0.25, 8, 2), (3, 1.0, 1, 3)],
 )
-def test_the_default_size(
-    memory_gib: int, kv_gib: int, budget: float, local_ranks: int, expected_gib: int
-) -> None:
-    assert default_pool_bytes(kv_gib * GIB, budget, local_ranks) == expected_gib * GIB
+def test_the_default_size(memory_gib: int, kv_gib: int, budget: float, ranks: int, expected_gib: int) -> None:
+    assert default_pool_bytes(kv_gib * GIB, budget, ranks) == expected_gib * GIB
 
 
 def test_without_a_container_limit_the_machine_counts(
@@ -306,6 +305,13 @@ def test_a_requested_size_is_exactly_that_up_to_the_memory(memory_gib: int) -> N
         message = refusal(caught)
         assert re.search(rf"{gib:g} GiB for each of {ranks} ranks .* 64.0 GiB", message)
         assert f"smaller {OPTION}host_pool_gib" in message
+
+
+# vLLM says 0 of a node that holds no replica.
+@pytest.mark.parametrize(("replicas", "ranks"), [(0, 4), (1, 4), (2, 8)])
+def test_replicas_share_the_memory_of_their_node(replicas: int, ranks: int) -> None:
+    parallel = SimpleNamespace(local_world_size=4, data_parallel_size_local=replicas)
+    assert local_ranks(parallel) == ranks
 
 
 def test_the_real_machine_has_a_default() -> None:
