@@ -13,10 +13,12 @@ from observer import Observer, given, seen_by
 
 from hybridkv_vllm.observe.heads import read_requests
 from hybridkv_vllm.observe.metrics import Sample, read_samples
+from hybridkv_vllm.plan import arena_blocks
 
 pytestmark = pytest.mark.slow
 
 LEAST = 64
+BUDGET = 0.25
 HOST_GIB = 0.004
 # Requests that do not fit into the pool with a whole prompt's arena beside the prompt.
 GREEDY_SCENES = 25
@@ -42,9 +44,12 @@ class Requests:
         self._dice = dice
         self.greedy: set[str] = set()
         self.disabled: set[str] = set()
+        self.budgets: dict[str, float] = {}
+        self.with_pictures: set[str] = set()
 
     def new(self, number: int) -> tuple[Ask, dict[str, Any]]:
-        dice, extra = self._dice, {"hybridkv_report": True}
+        dice = self._dice
+        extra: dict[str, Any] = {"hybridkv_report": True}
         pictures = (picture(280, 252, dice.randrange(5)),) if dice.random() < 0.25 else ()
         # A third begins like others: blocks of the prefix cache have several holders.
         start = dice.choice([f"{dice.random()} ", f"{dice.random()} ", ""])
@@ -60,6 +65,9 @@ class Requests:
         elif draw < 0.6:
             # Enough for landmarks: heads that look at pictures recall.
             extra["hybridkv_budget"] = 0.5 if pictures else dice.choice([0.1, 0.25, 0.5])
+        self.budgets[str(number)] = extra.get("hybridkv_budget", BUDGET)
+        if pictures:
+            self.with_pictures.add(str(number))
         # vLLM's kernels for log-probabilities take a third of the time under Triton's interpreter.
         return ask, {
             "logprobs": None,
@@ -77,7 +85,7 @@ def test_counters_are_what_an_observer_counts(
         schedule_asynchronously(monkeypatch)
     dice = random.Random(5)
     requests = Requests(dice)
-    options = {"budget": 0.25, "min_prompt_tokens": LEAST, "host_pool_gib": HOST_GIB}
+    options = {"budget": BUDGET, "min_prompt_tokens": LEAST, "host_pool_gib": HOST_GIB}
     settings = {
         "max_num_seqs": 16,
         "num_gpu_blocks_override": 50,
@@ -121,7 +129,14 @@ def test_counters_are_what_an_observer_counts(
             assert request_id not in kept
             continue
         assert report["blocks_freed"] == given_back.get(request_id, 0)
-        assert kept[request_id] <= report["memory_share"] * tokens + 0.1
+        assert report["arena_blocks"] == arena_blocks(requests.budgets[request_id], tokens)
+        held = min(tokens, 16 * report["arena_blocks"] + tokens % 16)
+        assert report["memory_share"] == round(held / tokens, 4)
+        if request_id in requests.with_pictures:
+            # Landmarks take room, and a head that recalls keeps whole chunks.
+            assert held / 2 < kept[request_id] <= held
+        else:
+            assert kept[request_id] == pytest.approx(held)
         if request_id not in given_back:
             ended_at_once.append(request_id)
     counted_by_scheduler = [request_id for request_id, _ in observer.given_back] + ended_at_once

@@ -62,7 +62,7 @@ def priorities(of: Engine) -> Given:
 
 
 def embeddings(of: Engine) -> Given:
-    """A prompt of embeddings in place of tokens; they are not taken for a picture."""
+    """A prompt of embeddings in place of tokens."""
     prompt = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(1))
     (output,) = of.llm.generate([{"prompt_embeds": prompt}], [TEXT.sampling()], use_tqdm=False)
     return {"embeddings": answers(output)}

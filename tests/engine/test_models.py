@@ -41,6 +41,7 @@ def test_another_model_answers_like_stock_vllm(name: str, tiny_model: Path, tmp_
     for ask in asks:
         assert_same(given[ask.name], expected[ask.name], ask.name)
     assert compressed[TEXT.name] != expected[TEXT.name]
+    assert len(reports) == len(asks)
     assert all(report.blocks_freed > report.arena_blocks for report in reports)
     assert sum(report.dynamic_share > 0 for report in reports) == len(asks) - 1
     # The shortest prompts have no room for landmarks.

@@ -185,5 +185,6 @@ def test_answers_are_right(weights: str, dtype: str, tmp_path: Path) -> None:
             assert output.outputs[0].text.strip() == sample.answer
         ours.assert_empty()
         reports = read_requests()[: len(samples)]
+    assert len(reports) == len(samples)
     assert all(report.blocks_freed > 4 * report.arena_blocks for report in reports)
     assert all(report.recalled_share > 0 for report in reports)

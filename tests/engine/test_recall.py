@@ -122,7 +122,8 @@ def test_the_result_does_not_depend_on_chunks_hits_batch_or_preemption(tiny_mode
     long = picture_asks(6, max_tokens=90)
     with recalling(tiny_model) as ours:
         alone = {name: given for ask in asks for name, given in ours.ask([ask]).items()}
-        recalled_shares = [request.recalled_share for request in read_heads()[: len(asks)]]
+        recalled_shares = [request.recalled_share for request in read_heads()]
+        assert len(recalled_shares) == len(asks) + 1, "each request once, that of two answers twice"
         assert all(0 < share < 1 for share in recalled_shares), "both kinds of heads must be there"
         again = ours.ask(asks)  # All at once, prefixes cached.
         (output,) = ours.llm.generate([asks[1].prompt()], [asks[1].sampling()], use_tqdm=False)
@@ -218,7 +219,7 @@ def test_options_of_recall(changes: dict[str, Any], tiny_model: Path) -> None:
     for ask in asks:
         assert_same(second[ask.name], first[ask.name], ask.name)
     if "policy" in changes or "theta" in changes:
-        assert all(report.recalled_share == 1 for report in reports)
+        assert [report.recalled_share for report in reports] == [1] * 4
 
 
 def test_buffers_are_there_before_the_cache(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +433,23 @@ def test_two_ranks_recall_and_report_as_one(split: str, tiny_model: Path) -> Non
     assert report.recalled_share == 1
     figures = [[head.figure for layer in r.layers for head in layer] for r in (report, whole)]
     assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("split", "times"), [("", 1), ("tensor_parallel_size", 1), ("pipeline_parallel_size", 2)]
+)
+def test_ranks_count_a_prompt_once(split: str, times: int, tiny_model: Path) -> None:
+    """Its tokens once; its time once for each pipeline rank."""
+    names = ("hybridkv_kept_tokens_total", "hybridkv_compress_seconds_count")
+    before = [count(name) for name in names]
+    ask, settings = Ask("text", SCENE * 12), {split: 2} if split else {}
+    with engine(tiny_model, options={"budget": 0.25, "policy": "snapkv"}, **settings) as ours:
+        (output,) = ours.llm.generate([ask.prompt()], [ask.sampling()], use_tqdm=False)
+        ours.assert_empty()
+        kept, timed = (count(name) - old for name, old in zip(names, before, strict=True))
+    tokens = len(output.prompt_token_ids)
+    assert kept == pytest.approx(16 * arena_blocks(0.25, tokens) + tokens % 16)
+    assert timed == times
 
 
 def seven_billion_shape(tiny_model: Path, out: Path) -> Path:

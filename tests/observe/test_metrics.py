@@ -223,6 +223,23 @@ def test_vllms_own_collector_reads_the_same_where_there_are_several_api_servers(
     assert shown.items() >= histogram(0.3).items()
 
 
-@pytest.mark.parametrize("pid", [1, None], ids=["someone else's", "this process"])
-def test_a_running_process_is_alive(pid: int | None) -> None:
-    assert is_alive(pid or os.getpid())
+def test_what_a_dead_engine_held_is_held_no_more(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_metrics().set_blocks(arena=7, replaced=25)
+    worker_metrics(1, 0).set_host_bytes(1000)
+    monkeypatch.setattr(metrics, "is_alive", lambda pid: False)
+    shown = scraped(directory)
+    assert "hybridkv_requests_compressed_total" in shown
+    assert not {"hybridkv_blocks_arena", "hybridkv_blocks_replaced", "hybridkv_host_bytes"} & shown.keys()
+
+
+def test_a_running_process_is_alive() -> None:
+    assert is_alive(os.getpid())
+
+
+def test_a_running_process_of_someone_else_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    # In its place: root may send a signal to everyone.
+    monkeypatch.setattr(os, "kill", refuse)
+    assert is_alive(1)

@@ -428,11 +428,16 @@ def test_broken_scores_never_overrun_the_arena() -> None:
         usual.compressible,
     )
     recall = Recall(torch.ones(2, 3, dtype=torch.bool), landmark_pages=1, least_pages=2, most_heads=6)
+    recalling = set()
     for policy, classifier in itertools.product(POLICIES.keys() - {"full"}, CLASSIFIERS):
         selection = choose(policy, broken, usual.heads * 2, PolicyOptions(classifier=classifier), recall)
         assert int(selection.pages.sum()) == usual.heads * 2
+        if selection.recalled.any():
+            recalling.add((policy, classifier))
         assert (selection.lengths[selection.recalled] == PAGE).all()
         assert torch.isfinite(selection.figure).all()
+    # By `union` no token of such a head matters: it is static, and so the method's own choice prunes it.
+    assert recalling == {*itertools.product(RECALLING, CLASSIFIERS)} - {("hybridkv", "union")}
 
 
 def test_budget_share() -> None:
