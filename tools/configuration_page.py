@@ -107,7 +107,7 @@ def values(schema: Mapping[str, Any]) -> str:
         allowed = "one of " + ", ".join(f"`{choice}`" for choice in schema["enum"])
     else:
         allowed = TYPES[schema.get("format", schema["type"])]
-        limits = [f"{word} {schema[name]:g}" for name, word in LIMITS.items() if name in schema]
+        limits = [f"{word} {schema[name]:,}" for name, word in LIMITS.items() if name in schema]
         allowed = ", ".join([allowed, *limits])
     default = schema["default"]
     return f"{allowed}; by default {'not set' if default is None else f'`{shown(default)}`'}"
