@@ -49,10 +49,9 @@ class HybridKVScheduler(Scheduler):
         self.hybridkv_manager = manager
         self.hybridkv_metrics = engine_metrics()
         self._ending_tokens = 0
-        # Requests whose answer says what became of their prompt.
-        self._reporting: set[str] = set()
-        # What a preempted one was told: the token of a step under way may still end it.
-        self._reports: dict[str, dict[str, Any]] = {}
+        # Requests whose answer says what became of their prompt; of a preempted one what it would have said:
+        # the token of a step under way may still end it.
+        self._reports: dict[str, dict[str, Any] | None] = {}
 
     def add_request(self, request: Request) -> None:
         """Decides, when a request arrives, whether and how its prompt will be compressed."""
@@ -74,7 +73,7 @@ class HybridKVScheduler(Scheduler):
             self._fall_back("bad_request_options", str(error))
             return None
         if wanted.hybridkv_report:
-            self._reporting.add(request.request_id)
+            self._reports[request.request_id] = None
         num_tokens = request.num_prompt_tokens
         if not wanted.hybridkv_enabled or num_tokens < max(options.min_prompt_tokens, PAGE_TOKENS):
             return None
@@ -149,7 +148,7 @@ class HybridKVScheduler(Scheduler):
         registered the chunk's blocks by then, and whoever hits them reads what lay there before.
         """
         blocks = self.hybridkv_manager.req_to_blocks.get(request.request_id, ())
-        if request.request_id in self._reporting:
+        if request.request_id in self._reports:
             self._reports[request.request_id] = self._describe(request)
         not_computed = blocks[request.num_computed_tokens // PAGE_TOKENS :]
         self.kv_cache_manager.evict_blocks({block.block_id for block in not_computed})
@@ -197,14 +196,14 @@ class HybridKVScheduler(Scheduler):
 
     def _report(self, request: Request) -> dict[str, Any] | None:
         """What became of a finished request's prompt, if it asked; to be called before its blocks go."""
-        if request.request_id not in self._reporting:
+        if request.request_id not in self._reports:
             return None
-        self._reporting.discard(request.request_id)
-        before = self._reports.pop(request.request_id, None)
-        is_waiting = request.request_id not in self.hybridkv_manager.arenas
-        return before if before is not None and is_waiting else self._describe(request)
+        before = self._reports.pop(request.request_id)
+        has_arena = request.request_id in self.hybridkv_manager.arenas
+        return self._describe(request) if before is None or has_arena else before
 
     def _describe(self, request: Request) -> dict[str, Any]:
+        """What has become of a request's prompt so far."""
         manager, num_tokens = self.hybridkv_manager, request.num_prompt_tokens
         plan = manager.plans.get(request.request_id)
         if plan is None or request.request_id not in manager.arenas:

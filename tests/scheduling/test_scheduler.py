@@ -26,7 +26,7 @@ class Planner(HybridKVScheduler):
         self.max_model_len = max_model_len
         self.num_prefill_lookahead = 0
         self._ending_tokens = 0
-        self._reporting = set()
+        self._reports = {}
 
 
 @pytest.mark.parametrize(("option", "shortest"), [(100, 100), (16, 16), (1, 16)])
