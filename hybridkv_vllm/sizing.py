@@ -11,7 +11,7 @@ from hybridkv_kernels.recall.layout import LandmarkLayout
 from hybridkv_kernels.recall.tables import STORE_BLOCK
 from rich.table import Table
 
-from hybridkv_vllm.plan import PAGE_TOKENS, ceil_pages, make_plan
+from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, ceil_pages, make_plan
 from hybridkv_vllm.policies import PolicyOptions, recall_limits
 from hybridkv_vllm.policies.budget import allocate_pages
 from hybridkv_vllm.shapes import GIB, MIB, Gpu, ModelShape, Workload
@@ -129,7 +129,7 @@ def estimate(shape: ModelShape, gpu: Gpu, workload: Workload) -> Estimate:
     span = (0, max(0, workload.context - QUESTION))
     plan = make_plan(workload.context, (span,) if span[1] else (), workload.budget, QUESTION, workload.tier)
     tail = workload.context % PAGE_TOKENS
-    recalling, hot = _recall(shape, heads, plan.arena_size, workload)
+    recalling, hot = _recall(shape, heads, plan, workload)
     held = plan.arena_size + ceil_pages(tail + workload.answer)
     if recalling and workload.tier == "gpu":
         held += plan.num_full_blocks
@@ -198,14 +198,13 @@ def table(result: Estimate) -> Table:
     return shown
 
 
-def _recall(shape: ModelShape, heads: int, arena_size: int, workload: Workload) -> tuple[int, int]:
+def _recall(shape: ModelShape, heads: int, plan: PromptPlan, workload: Workload) -> tuple[int, int]:
     """How many heads recall, and the chunks that they have on the GPU together."""
-    chunks = workload.context // PAGE_TOKENS
-    if workload.tier == "off" or arena_size >= chunks:
+    if not plan.recalls:
         return 0, 0
+    chunks, window = plan.num_full_blocks, plan.window_in_arena
     layout = LandmarkLayout(workload.landmark, shape.head_size, shape.itemsize)
-    pages = arena_size * heads
-    window = max(0, QUESTION - workload.context % PAGE_TOKENS)
+    pages = plan.arena_size * heads
     limits = recall_limits(pages, heads, chunks, layout.pages(chunks), window)
     if limits is None:
         return 0, 0
