@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from hybridkv_kernels.recall.layout import LandmarkKind
 from hybridkv_quality.environment import environment
+from hybridkv_serving.arguments import whole_numbers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -50,10 +51,6 @@ from speed.rivals import RIVALS
 SEED = 0
 NEED_GPU = frozenset(RIVALS) - {"sdpa"}
 PINNED_BYTES = 256 * 2**20
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _numbers(text: str) -> list[float]:
@@ -82,8 +79,8 @@ def _arguments(on_gpu: bool) -> argparse.Namespace:
         help="who does it, of %(default)s and torch",
     )
     parser.add_argument("--no-refcheck", action="store_true", help="check nothing, and report no speed-up")
-    parser.add_argument("--batch", type=_whole_numbers, default=[8, 32] if on_gpu else [2])
-    parser.add_argument("--prompt", type=_whole_numbers, default=[8192, 32768] if on_gpu else [512])
+    parser.add_argument("--batch", type=whole_numbers, default=[8, 32] if on_gpu else [2])
+    parser.add_argument("--prompt", type=whole_numbers, default=[8192, 32768] if on_gpu else [512])
     parser.add_argument("--budget", type=_numbers, default=[0.1] if on_gpu else [0.5])
     parser.add_argument(
         "--large-budget",

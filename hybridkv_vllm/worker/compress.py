@@ -17,9 +17,7 @@ from hybridkv_vllm.observe.timing import DeviceTimer
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant, ceil_pages
 from hybridkv_vllm.policies import PromptScores, Selection, Verdict, get_policy
 from hybridkv_vllm.worker.host_tier import Reservation
-from hybridkv_vllm.worker.recall import (
-    begin_recall,
-)
+from hybridkv_vllm.worker.recall import begin_recall
 from hybridkv_vllm.worker.tables import RequestTables
 
 
