@@ -707,7 +707,6 @@ def test_metrics_and_stats_show_every_name_and_agree(client: OpenAI, server: Ser
 
 def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: Server) -> None:
     tokens = ask(client, max_tokens=2).usage.prompt_tokens
-    before = settled(server)
     body = {
         "model": MODEL,
         "messages": picture_message(),
@@ -716,23 +715,28 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: OpenAI, server: S
         "stream": True,
         "ignore_eos": True,
     }
-    with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
-        lines = answer.iter_lines()
-        answer_id = json.loads(next(lines).removeprefix("data: "))["id"]
-        for _ in range(9):  # Events and the empty lines between them.
-            next(lines)
-        # At once: the answer goes on, and on a busy machine may end while this looks at it.
-        during, stats = Counters(server), Stats.model_validate(server.get("/hybridkv/stats").json())
-        assert during.values["hybridkv_blocks_arena"] == arena_blocks(BUDGET, tokens)
-        assert during.values["hybridkv_blocks_replaced"] == tokens // PAGE_TOKENS
-        assert during.values["vllm:num_requests_running"] == 1
-        report = heads_reports(server)[0]
-        assert answer_id in report.request_id
-        chunks = sum(head.recalled for head in all_heads(report)) * (tokens // PAGE_TOKENS)
-        store_block_bytes = STORE_BLOCK * PAGE_TOKENS * 2 * HEAD_SIZE * 4
-        host_bytes = math.ceil(chunks / STORE_BLOCK) * store_block_bytes
-        assert during.values["hybridkv_host_bytes"] == host_bytes > 0
-        assert stats.host_bytes == host_bytes
+    for _ in range(3):
+        before = settled(server)
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            answer_id = json.loads(next(lines).removeprefix("data: "))["id"]
+            for _ in range(9):  # Events and the empty lines between them.
+                next(lines)
+            during, stats = Counters(server), Stats.model_validate(server.get("/hybridkv/stats").json())
+            report = heads_reports(server)[0]
+            if Counters(server).values["vllm:num_requests_running"] == 1:
+                break
+    else:
+        pytest.fail("three answers ended before their figures were read: this machine is too busy to tell")
+    assert during.values["hybridkv_blocks_arena"] == arena_blocks(BUDGET, tokens)
+    assert during.values["hybridkv_blocks_replaced"] == tokens // PAGE_TOKENS
+    assert during.values["vllm:num_requests_running"] == 1
+    assert answer_id in report.request_id
+    chunks = sum(head.recalled for head in all_heads(report)) * (tokens // PAGE_TOKENS)
+    store_block_bytes = STORE_BLOCK * PAGE_TOKENS * 2 * HEAD_SIZE * 4
+    host_bytes = math.ceil(chunks / STORE_BLOCK) * store_block_bytes
+    assert during.values["hybridkv_host_bytes"] == host_bytes > 0
+    assert stats.host_bytes == host_bytes
     assert wait_for(lambda: Counters(server).values["hybridkv_blocks_arena"] == 0)
     assert Counters(server).values["hybridkv_blocks_replaced"] == 0
     assert wait_for(lambda: Counters(server).values["hybridkv_host_bytes"] == 0)
