@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hybridkv_vllm.plan import PAGE_TOKENS
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.budget import floor_pages, share_by_weight, share_evenly
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.scoring import pooled_mass
 from hybridkv_vllm.policies.select import keep_best, keep_voted, window_first
 

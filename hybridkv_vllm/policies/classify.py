@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hybridkv_vllm.policies.base import PolicyOptions, PromptScores, Verdict
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Verdict
 from hybridkv_vllm.policies.scoring import sparsity, visual_mass
 
 TOP_SHARE = 10

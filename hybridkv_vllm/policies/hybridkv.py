@@ -7,16 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hybridkv_vllm.policies.base import (
-    Policy,
-    PolicyOptions,
-    PromptScores,
-    Recall,
-    Selection,
-    StaticWeight,
-    Verdict,
-)
+from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.budget import allocate_pages
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Recall, Selection, StaticWeight, Verdict
 from hybridkv_vllm.policies.select import fill_pages, settle_recall, text_first, window_first
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from hybridkv_kernels.recall.layout import LandmarkKind
 
-from hybridkv_vllm.policies.base import Recall
+from hybridkv_vllm.policies.data import Recall
 from hybridkv_vllm.policies.hybridkv import HybridKV
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from hybridkv_vllm.plan import PAGE_TOKENS
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.base import Policy
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.select import keep_best, make_selection
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from hybridkv_kernels.recall.layout import LandmarkKind
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.budget import allocate_pages
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.select import fill_pages, settle_recall, window_first
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv_vllm.policies.base import PromptScores
+from hybridkv_vllm.policies.data import PromptScores
 
 POOL_WIDTH = 7
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hybridkv_vllm.plan import PAGE_TOKENS
-from hybridkv_vllm.policies.base import PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.budget import heads_that_fit
+from hybridkv_vllm.policies.data import PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.scoring import pooled_mass
 
 POSITION_BITS = 30

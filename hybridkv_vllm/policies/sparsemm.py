@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from hybridkv_vllm.policies.base import Policy, PolicyOptions, PromptScores, Recall, Selection, Verdict
+from hybridkv_vllm.policies.base import Policy
 from hybridkv_vllm.policies.budget import WEIGHT_ONE, floor_pages, share_by_weight
+from hybridkv_vllm.policies.data import PolicyOptions, PromptScores, Recall, Selection, Verdict
 from hybridkv_vllm.policies.scoring import visual_mass
 from hybridkv_vllm.policies.select import keep_voted
 

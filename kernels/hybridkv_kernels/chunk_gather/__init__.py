@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import Backend, use_triton
 from ..recall.checks import check_recall, check_store
 from ..recall.layout import LandmarkLayout
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 from . import naive
 from . import triton as fused
 

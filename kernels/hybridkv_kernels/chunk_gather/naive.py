@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import PAGE
 from ..recall.chunks import hot_slot_entries, store_pages
 from ..recall.layout import LandmarkLayout
 from ..recall.reading import arena_pages
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 
 
 def chunk_gather(

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
 from ..recall.layout import INDEX_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, recalling_head
 from ..recall.tables import STORE_BLOCK, RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 
 # Pages of one head on their way at once: enough to fill the link to the host with few rows.
 SPLIT = 8

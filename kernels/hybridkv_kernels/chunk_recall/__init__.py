@@ -7,12 +7,12 @@ from torch import Tensor
 from ..chunk_gather import chunk_gather
 from ..chunk_score import chunk_score
 from ..chunk_select import chunk_select
-from ..extent_decode.tables import DecodeTables
 from ..extent_decode.work_list import WorkList
 from ..pages import Backend
 from ..recall.landmarks import Landmarks
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 
 __all__ = ["chunk_recall"]
 

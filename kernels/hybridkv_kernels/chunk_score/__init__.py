@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..extent_decode.work_list import WorkList
 from ..pages import Backend, check_index, check_pool, group_size, require, use_triton
 from ..recall.checks import check_recall
 from ..recall.landmarks import Landmarks
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 from . import naive
 from . import triton as fused
 from .plan import score_plan

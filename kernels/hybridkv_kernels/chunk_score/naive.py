@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import PAGE
 from ..recall.landmarks import Landmarks
 from ..recall.reading import field, landmark_pages, page_means, recalling_rows
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 
 LN2 = math.log(2)
 

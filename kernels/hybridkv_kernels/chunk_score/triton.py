@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..extent_decode.tables import DecodeTables
 from ..extent_decode.work_list import WorkList, split_of
 from ..launch import (
     FULL_PRECISION,
@@ -27,6 +26,7 @@ from ..recall.layout import STEP_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, recalling_head, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork, members, span_pad
+from ..tables import DecodeTables
 
 # The least M of a tensor-core dot.
 GROUP_PAD = 16

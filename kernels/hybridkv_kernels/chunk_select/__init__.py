@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import Backend, check_index, require, use_triton
 from ..recall.checks import check_recall
 from ..recall.layout import LandmarkLayout
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 from . import naive
 from . import triton as fused
 

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import PAGE
 from ..recall.chunks import hot_slot_entries
 from ..recall.layout import LandmarkLayout
 from ..recall.reading import recalling_rows
 from ..recall.tables import RecallTables
 from ..recall.work import RecallWork
+from ..tables import DecodeTables
 
 NOTHING = -64.0
 """The least log2 of a chunk's share that counts: attention in fp32 does not see what is less."""

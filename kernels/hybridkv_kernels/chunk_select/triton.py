@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..extent_decode.tables import DecodeTables
 from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap
 from ..pages import PAGE
 from ..recall.hardware import by_hardware
@@ -16,6 +15,7 @@ from ..recall.layout import INDEX_BYTES, LandmarkLayout
 from ..recall.paging import arena_page, selecting_head
 from ..recall.tables import RecallTables
 from ..recall.work import WEIGHTS_PAST_END, RecallWork
+from ..tables import DecodeTables
 from .naive import NOTHING
 
 # Chunks whose keys a program holds in registers; a longer prompt's go through memory, as many at a time.

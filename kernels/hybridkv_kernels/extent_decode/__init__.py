@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..pages import Backend, check_index, check_pool, group_size, require, use_triton
+from ..tables import DecodeTables
 from . import naive
 from . import triton as fused
 from .plan import DecodePlan
-from .tables import DecodeTables
 
 __all__ = ["DecodePlan", "DecodeTables", "extent_decode"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pages import PAGE
-from .tables import DecodeTables
+from ..tables import DecodeTables
 
 
 def extent_decode(

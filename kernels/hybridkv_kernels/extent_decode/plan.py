@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..pages import group_size, require
 from ..recall.tables import RecallTables
-from .tables import DecodeTables
+from ..tables import DecodeTables
 from .work_list import Part, WorkList, programs_to_fill
 
 # A split is a whole number of the decode kernel's tiles.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..launch import LaunchOptions, await_launch_before, next_power_of_2, overlap, widen_dots
 from ..pages import PAGE
+from ..tables import DecodeTables
 from .paging import head_lengths
 from .plan import SPLIT_GRANULE, DecodePlan
-from .tables import DecodeTables
 from .work_list import split_of
 
 

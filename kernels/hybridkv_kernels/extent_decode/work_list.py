@@ -13,8 +13,8 @@ from ..launch import LaunchOptions
 from ..pages import PAGE, check_index, require
 from ..recall.paging import selecting_head
 from ..recall.tables import RecallTables
+from ..tables import DecodeTables
 from .paging import head_lengths
-from .tables import DecodeTables
 
 Part = Literal["all", "static", "recalling", "selecting"]
 """Heads that a list is for, and their pages.

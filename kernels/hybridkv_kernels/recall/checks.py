@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import check_index, check_pool, require
+from ..tables import DecodeTables
 from .layout import LandmarkLayout
 from .tables import RecallTables
 from .work import RecallWork

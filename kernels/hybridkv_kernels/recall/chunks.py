@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
+from ..tables import DecodeTables
 from .layout import INDEX_BYTES, LandmarkLayout
 from .reading import arena_pages, landmark_pages
 from .tables import STORE_BLOCK

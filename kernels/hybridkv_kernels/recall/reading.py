@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..extent_decode.tables import DecodeTables
 from ..pages import PAGE
+from ..tables import DecodeTables
 from .layout import STEP_BYTES, LandmarkLayout
 from .tables import RecallTables
 

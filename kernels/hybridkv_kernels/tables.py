@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pages import check_index, require
+from .pages import check_index, require
 
 
 @dataclass(frozen=True)
