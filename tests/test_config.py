@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from hybridkv_kernels.window_scores import MAX_WINDOW
 
 from hybridkv_vllm.config import ServerOptions, parse_request_options, parse_server_options
 from hybridkv_vllm.errors import HybridKVConfigError
@@ -131,3 +132,9 @@ def test_request_options() -> None:
         parse_request_options({"hybridkv_enabled": 7})
     with pytest.raises(ValueError, match=r"unknown option 'hybridkv_bugdet' .*hybridkv_budget"):
         parse_request_options({"hybridkv_bugdet": 0.2})
+
+
+def test_the_longest_window_is_what_the_kernel_takes() -> None:
+    assert parse_server_options({"window": MAX_WINDOW}).window == MAX_WINDOW
+    with pytest.raises(HybridKVConfigError, match=f"less than or equal to {MAX_WINDOW}"):
+        parse_server_options({"window": MAX_WINDOW + 1})
