@@ -10,7 +10,9 @@ import triton
 from triton import language as tl
 from triton.runtime import interpreter
 
-pytest.importorskip("hybridkv_cpu_harness", reason="the harness is for environments without a GPU")
+matmul = pytest.importorskip(
+    "hybridkv_cpu_harness.matmul", reason="the harness is for environments without a GPU"
+)
 
 
 @triton.jit
@@ -109,23 +111,41 @@ def test_a_loop_counts_in_numbers_with_a_type() -> None:
     assert _language() == before
 
 
-def test_bf16_products_are_summed_in_float32_and_rounded_once() -> None:
-    """Whatever arithmetic the CPU has; other types go vLLM's way."""
-    from vllm.model_executor.layers import utils
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_products_are_summed_in_float32_and_rounded_once(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the CPU has no arithmetic for them; other types, and other CPUs, go vLLM's way."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    theirs: list[torch.dtype] = []
 
+    def multiply(
+        layer: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        theirs.append(x.dtype)
+        return layer(x, weight, bias)
+
+    utils = SimpleNamespace(cpu_unquantized_gemm=multiply)
+    matmul.adapt(utils)
     torch.manual_seed(0)
     layer = torch.nn.Module()
-    layer.cpu_linear = torch.nn.functional.linear
+    layer.forward = torch.nn.functional.linear
     for bias in (torch.randn(48), None):
         x, weight = torch.randn(5, 7, 64), torch.randn(48, 64)
-        assert torch.equal(
-            utils.cpu_unquantized_gemm(layer, x, weight, bias), layer.cpu_linear(x, weight, bias)
-        )
+        assert torch.equal(utils.cpu_unquantized_gemm(layer, x, weight, bias), layer(x, weight, bias))
         narrow = [None if value is None else value.bfloat16() for value in (x, weight, bias)]
         found = utils.cpu_unquantized_gemm(layer, *narrow)
         assert found.dtype == torch.bfloat16
-        exact = layer.cpu_linear(*(None if value is None else value.double() for value in narrow))
+        exact = layer(*(None if value is None else value.double() for value in narrow))
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+    assert theirs == ([torch.float32, torch.bfloat16] if has_bf16 else [torch.float32]) * 2
+
+
+def test_vllm_itself_multiplies_by_the_adapted_product() -> None:
+    from vllm.model_executor.layers import utils
+
+    ours = utils.cpu_unquantized_gemm.__module__ == matmul.__name__
+    assert ours == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def test_samplers_are_not_warmed_up() -> None:
