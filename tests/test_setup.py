@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,8 @@ def begin_set_up(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, folder:
     monkeypatch.setattr(sys, "argv", ["setup_env.py", str(folder)])
     monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
     (folder / "bin").mkdir()
-    (folder / "bin" / "python").touch()
+    for name in ("python", "pip"):
+        (folder / "bin" / name).touch()
 
 
 def test_a_finished_set_up_is_left_alone(
@@ -87,6 +89,61 @@ def test_two_set_ups_at_once_install_once(
         for shell in [shells.submit(setup_env.main) for _ in range(2)]:
             shell.result()
     assert installed == ["cpu"]
+
+
+def test_what_an_interrupted_set_up_left_is_completed(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As after Ctrl-C, or where Debian's package for `venv` was missing: a Python, and no pip."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "half"], check=True)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path / "half")])
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup_env.Environment, "install_cpu", lambda self: None)
+    setup_env.main()
+    subprocess.run([tmp_path / "half" / "bin" / "python", "-m", "pip", "--version"], check=True)
+
+
+def test_what_keeps_it_from_starting_is_one_line(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(environment: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup_env.Environment, "install_cpu", stopped)
+    (tmp_path / "file").touch()
+    begin_set_up(setup_env, monkeypatch, tmp_path)
+    for folder, says in (
+        ("file", "remove that folder"),
+        ("file/new", "VENV=FOLDER"),
+        (".", "stopped; run it"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path / folder)])
+        with pytest.raises(SystemExit, match=f"^hybridkv setup: .*{says}"):
+            setup_env.main()
+
+
+def test_the_folder_may_be_in_one_that_is_missing(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path / "of mine" / "environment")])
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup_env.Environment, "create", lambda self: self.folder.mkdir())
+    monkeypatch.setattr(setup_env.Environment, "install_cpu", lambda self: None)
+    setup_env.main()
+    assert (tmp_path / "of mine" / "environment" / ".hybridkv-setup").is_file()
+
+
+def test_spaces_in_the_folders_name_stay_in_it() -> None:
+    """`make clean` would remove another folder, named by the first word."""
+    for target, command in (("setup", 'tools/setup_env.py "of mine"'), ("clean", 'rm -rf "of mine" build')):
+        made = subprocess.run(
+            ["make", "-n", target, "VENV=of mine"],
+            cwd=SCRIPT.parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert command in made.stdout
 
 
 def test_the_harness_is_not_in_the_wheel() -> None:

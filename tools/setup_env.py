@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "tools" / "cpu_harness"
@@ -17,7 +18,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNLOADABLE_ON_CPU = ("torchaudio", "torchcodec")
 
 
-def refuse(reason: str) -> None:
+def refuse(reason: str) -> NoReturn:
     """Ends with one line."""
     sys.exit(f"hybridkv setup: {reason}")
 
@@ -54,6 +55,14 @@ class Environment:
         self.folder = folder
         self.python = folder / "bin" / "python"
 
+    def create(self) -> None:
+        """Makes the folder, or what an interrupted set-up has left to be made: pip comes last."""
+        if self.python.exists() and (self.folder / "bin" / "pip").exists():
+            return
+        print(f"setup: creating {self.folder} ...", flush=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=False).returncode:
+            refuse(f"creating {self.folder} failed, the reason is above; correct it or remove that folder")
+
     def pip(self, step: str, *arguments: str) -> bool:
         """Runs pip quietly, saying what it does; returns whether it went well."""
         print(f"setup: {step} ...", flush=True)
@@ -89,9 +98,18 @@ def main() -> None:
 
     folder = Path(sys.argv[1]).resolve()
     # `make demo` and `make test` in two shells would install into each other's way: one waits for the other.
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        set_up(Environment(folder))
+    lock = Path(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        refuse(f"{error}; name another folder: make setup VENV=FOLDER")
+    try:
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            set_up(Environment(folder))
+    except KeyboardInterrupt:
+        refuse("stopped; run it again to go on")
 
 
 def set_up(environment: Environment) -> None:
@@ -101,9 +119,7 @@ def set_up(environment: Environment) -> None:
     wanted = fingerprint(kind)
     if stamp.is_file() and stamp.read_text() == wanted:
         return
-    if not environment.python.exists():
-        print(f"setup: creating {environment.folder} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(environment.folder)], check=True)
+    environment.create()
     if kind == "gpu":
         environment.install_gpu()
     else:
