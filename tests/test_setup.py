@@ -146,6 +146,19 @@ def test_spaces_in_the_folders_name_stay_in_it() -> None:
         assert command in made.stdout
 
 
+def test_an_environment_of_the_other_kind_is_left_alone(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To pip the harness is vLLM: nothing would be installed for the GPU."""
+    begin_set_up(setup_env, monkeypatch, tmp_path)
+    monkeypatch.setattr(setup_env.Environment, "install_cpu", lambda self: None)
+    monkeypatch.setattr(setup_env.Environment, "install_gpu", lambda self: pytest.fail("it installed"))
+    setup_env.main()
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: True)
+    with pytest.raises(SystemExit, match="is of a machine without a GPU; remove it, or name another folder"):
+        setup_env.main()
+
+
 def test_the_harness_is_not_in_the_wheel() -> None:
     """It stands in for parts of a machine without a GPU, and must not reach one with."""
     import tomllib

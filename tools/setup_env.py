@@ -40,12 +40,12 @@ def has_gpu() -> bool:
 
 
 def fingerprint(kind: str) -> str:
-    """Changes when what would be installed changes."""
+    """The kind, and what changes when what would be installed changes."""
     digest = hashlib.sha256(f"{kind} {sys.version_info[:2]} {ROOT}".encode())
     for file in (ROOT / "pyproject.toml", Path(__file__), *sorted(HARNESS.rglob("*.*"))):
         if file.is_file() and "__pycache__" not in file.parts:
             digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return f"{kind} {digest.hexdigest()}"
 
 
 class Environment:
@@ -117,8 +117,15 @@ def set_up(environment: Environment) -> None:
     kind = "gpu" if has_gpu() else "cpu"
     stamp = environment.folder / ".hybridkv-setup"
     wanted = fingerprint(kind)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    found = stamp.read_text() if stamp.is_file() else ""
+    if found == wanted:
         return
+    # To pip the CPU build with its harness is the official vLLM: it would leave the one in the other's place.
+    if found.partition(" ")[0] in {"cpu", "gpu"} - {kind}:
+        refuse(
+            f"{environment.folder} is of a machine {'without' if kind == 'gpu' else 'with'} a GPU; remove "
+            "it, or name another folder: make setup VENV=FOLDER"
+        )
     environment.create()
     if kind == "gpu":
         environment.install_gpu()
