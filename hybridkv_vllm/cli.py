@@ -218,7 +218,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _orderly_stops() -> Iterator[None]:
+def orderly_stops() -> Iterator[None]:
     """Within the block `STOPS` do as Ctrl-C does, so that servers are not left behind with their GPU.
 
     Only the main thread may set handlers; what is ignored, as by `nohup`, stays so.
@@ -243,7 +243,7 @@ def _drop_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns one of `exit_codes`."""
     try:
-        with _orderly_stops():
+        with orderly_stops():
             try:
                 args = build_parser().parse_args(argv)
                 return int(args.run(args))

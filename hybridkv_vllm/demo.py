@@ -18,6 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from hybridkv_vllm import exit_codes
+from hybridkv_vllm.cli import orderly_stops
 from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import RequestHeads
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
@@ -97,41 +99,50 @@ def saved_table(prompt_tokens: int, stats: Stats, heads: RequestHeads) -> Table:
 
 
 def main() -> int:
-    """Runs the demo; exit code 1 if the server fails, nothing was compressed, or the answer is wrong."""
+    """Runs the demo; exit code 1 if it is stopped or fails, nothing was compressed or the answer is wrong."""
     console = Console()
     folder = Path(tempfile.mkdtemp(prefix="hybridkv-demo-"))
+    try:
+        # However it ends, the server must not be left behind with the GPU.
+        with orderly_stops():
+            return _run(console, folder)
+    except ServerFailed as error:
+        # As it is: rich would take what stands in the log in brackets for markup.
+        console.print(str(error), style="bold red", markup=False, highlight=False)
+    except KeyboardInterrupt:
+        print("hybridkv demo: stopped", file=sys.stderr)
+    return exit_codes.PROBLEM
+
+
+def _run(console: Console, folder: Path) -> int:
     (sample,) = suite_samples(["recall"], tokens=PROMPT_TOKENS, contexts=1)
     started = time.monotonic()
-    try:
-        with ExitStack() as running:
-            with console.status("starting vllm serve --attention-backend hybridkv ..."):
-                server = running.enter_context(serve(model_folder(), SERVER_ARGUMENTS, folder / "server.log"))
-            console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
-            count = save_pictures(sample, folder)
-            console.print(
-                f"[dim]{count} pictures in {folder}: each domino has a name (colour and letter) on its left "
-                "and points to the next one on its right[/]\n"
-            )
-            console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, and what it points to")
-            answer, prompt_tokens = ask(console, server, sample)
-            stats = Stats.model_validate(server.get("/hybridkv/stats").json())
-            heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
-    except ServerFailed as error:
-        console.print(f"[bold red]{error}[/]", highlight=False)
-        return 1
+    with ExitStack() as running:
+        with console.status("starting vllm serve --attention-backend hybridkv ..."):
+            server = running.enter_context(serve(model_folder(), SERVER_ARGUMENTS, folder / "server.log"))
+        console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
+        count = save_pictures(sample, folder)
+        console.print(
+            f"[dim]{count} pictures in {folder}: each domino has a name (colour and letter) on its left "
+            "and points to the next one on its right[/]\n"
+        )
+        console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, and what it points to")
+        answer, prompt_tokens = ask(console, server, sample)
+        stats = Stats.model_validate(server.get("/hybridkv/stats").json())
+        heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
     if not stats.requests_compressed or not heads:
         console.print(f"[bold red]nothing was compressed[/]; see {folder / 'server.log'}")
-        return 1
+        return exit_codes.PROBLEM
     if answer != sample.answer:
         console.print(f"[bold red]wrong[/], the pictures say: {sample.answer}", highlight=False)
-        return 1
+        return exit_codes.PROBLEM
     console.print("[bold green]right[/], word for word\n")
     console.print(saved_table(prompt_tokens, stats, heads[0]))
     console.print(
         "[dim]Static heads are pruned for good. Dynamic heads keep all of the prompt in host memory and "
         "fetch the chunks of 16 tokens that a step needs.[/]"
     )
-    return 0
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
