@@ -13,7 +13,7 @@ from hybridkv_quality.chat import http_chat
 from hybridkv_quality.model_path import model_folder
 from hybridkv_quality.sample import Sample
 from hybridkv_quality.tasks import suite_samples
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +48,9 @@ SERVER_ARGUMENTS = (
 
 def ask(console: Console, server: Server, sample: Sample) -> tuple[str, int]:
     """Streams one answer; returns it and the prompt's length in tokens."""
-    client = OpenAI(base_url=server.url + "/v1", api_key="none")
+    # Not by way of a proxy that the environment names.
+    direct = DefaultHttpxClient(trust_env=False)
+    client = OpenAI(base_url=server.url + "/v1", api_key="none", http_client=direct)
     messages: Any = http_chat(sample)
     stream = client.chat.completions.create(
         model=MODEL_NAME,

@@ -18,6 +18,9 @@ import httpx
 from hybridkv_vllm.observe.metrics import DIRECTORY_VARIABLE
 
 PLUGINS = "hybridkv,hybridkv_api"
+# The first is set here by an engine of this process for its children: a server would count on top of them.
+# Who starts a server here asks it without a key.
+NOT_INHERITED = (DIRECTORY_VARIABLE, "VLLM_API_KEY")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Server:
 
     def get(self, path: str) -> httpx.Response:
         """GET with an error for any status but 2xx."""
-        return httpx.get(self.url + path, timeout=60).raise_for_status()
+        return httpx.get(self.url + path, timeout=60, trust_env=False).raise_for_status()
 
 
 class ServerFailed(RuntimeError):
@@ -72,8 +75,7 @@ def serve(
         ServerFailed: it stopped or did not answer in time.
     """
     port = free_port()
-    # Set here by an engine of this process for its own children; the server would count on top of them.
-    inherited = {name: value for name, value in os.environ.items() if name != DIRECTORY_VARIABLE}
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     command = [
         # Not the script `vllm`, which an installation into a folder of one's own does not have.
         *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
@@ -107,7 +109,9 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], timeou
         if process.poll() is not None:
             raise ServerFailed(f"the server stopped with exit code {process.returncode}", server.log)
         try:
-            if httpx.get(server.url + "/health", timeout=2).status_code == httpx.codes.OK:
+            # Not by way of a proxy that the environment names.
+            health = httpx.get(server.url + "/health", timeout=2, trust_env=False)
+            if health.status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass

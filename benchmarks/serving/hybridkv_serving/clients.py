@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from hybridkv_serving.trace import Conversation
 
@@ -59,7 +59,11 @@ async def play(
     answer_tokens: int,
 ) -> Played:
     """Plays all conversations, `clients` at a time; every answer has `answer_tokens` tokens."""
-    client = AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=3600, max_retries=0)
+    # Not by way of a proxy that the environment names.
+    direct = DefaultAsyncHttpxClient(trust_env=False)
+    client = AsyncOpenAI(
+        base_url=url + "/v1", api_key="none", timeout=3600, max_retries=0, http_client=direct
+    )
     answers: list[Answer] = []
     places = asyncio.Semaphore(clients)
     began = time.monotonic()
