@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hybridkv_quality import inspection
 from hybridkv_quality.plots import draw_heads
 from PIL import Image
 from quality_cases import heads_example, save_picture
 
 from hybridkv_vllm.cli import main
+from hybridkv_vllm.config import ServerOptions
 
 NOBODY = "http://127.0.0.1:9/v1"
 
@@ -23,6 +25,9 @@ NOBODY = "http://127.0.0.1:9/v1"
         (["--ask", "What?", "--budget", "nan"], "--budget must be above 0 and at most 1, got nan"),
         (["--ask", "What?", "--budget", "7"], "--budget must be above 0 and at most 1, got 7"),
         (["--out", "/tmp"], "--out /tmp is a folder; name a file in it"),
+        (["--out", "/proc/new/heads.png"], "--out /proc/new/heads.png cannot be written ([Errno 2]"),
+        (["--out", "heads.txt"], "--out heads.txt: .txt is none of "),
+        (["--out", "n" * 300], "cannot be written ([Errno 36]"),
         (["--ask", "What?"], f"--url {NOBODY}: no server answers"),
     ],
 )
@@ -45,6 +50,14 @@ def test_a_picture_too_large_to_decode_is_named(
     given = ["inspect", "--url", NOBODY, "--out", str(tmp_path / "heads.png")]
     assert main([*given, "--picture", str(tmp_path / "p.png")]) == 2
     assert f"--picture {tmp_path / 'p.png'}: Image size" in capsys.readouterr().err
+
+
+def test_folders_that_are_missing_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = heads_example("chain", 0.5).heads, ServerOptions()
+    monkeypatch.setattr(inspection, "_inspect", lambda _: found)
+    out = tmp_path / "new" / "maps" / "heads.png"
+    assert main(["inspect", "--url", NOBODY, "--out", str(out)]) == 0
+    assert out.is_file()
 
 
 def test_a_map_without_a_suffix_is_a_png_of_just_that_name(tmp_path: Path) -> None:

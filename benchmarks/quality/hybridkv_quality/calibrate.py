@@ -93,9 +93,9 @@ def check_writable(out: Path) -> None:
     Raises:
         ValueError: it is a folder, or cannot be written.
     """
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it")
     try:
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; name a file in it")
         if not out.exists():
             # Folders that are missing are made in the end.
             with TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.exists())):

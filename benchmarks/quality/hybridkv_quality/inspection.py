@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridkv_quality.calibrate import check_writable
 from hybridkv_quality.settings import EvalError, UsageError
 from hybridkv_vllm import exit_codes
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     title = f"{options.policy}: a prompt of {heads.prompt_tokens} tokens"
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         draw_heads(heads, options.classifier_name, options.theta, title, args.out)
     except (OSError, ValueError) as error:
         print(f"hybridkv inspect: {args.out} cannot be written: {error}", file=sys.stderr)
@@ -91,8 +93,7 @@ def _inspect(args: argparse.Namespace) -> tuple[RequestHeads, ServerOptions]:
 
     if args.budget is not None and not 0 < args.budget <= 1:
         raise UsageError(f"--budget must be above 0 and at most 1, got {args.budget:g}")
-    if args.out.is_dir():
-        raise UsageError(f"--out {args.out} is a folder; name a file in it")
+    _check_out(args.out)
     if args.ask is None and not args.picture and args.budget is not None:
         raise UsageError("--budget is of a question: add --ask or --picture")
     sample = _sample(args) if args.ask is not None or args.picture else None
@@ -104,6 +105,23 @@ def _inspect(args: argparse.Namespace) -> tuple[RequestHeads, ServerOptions]:
         )
     wanted = "" if sample is None else server.ask(sample, args.budget).id
     return _find(server, wanted), server.options
+
+
+def _check_out(out: Path) -> None:
+    """Sees that the picture can be written, before the server is asked.
+
+    Raises:
+        UsageError: it cannot be, or is of no kind that can be drawn.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix and out.suffix[1:].lower() not in kinds:
+        raise UsageError(f"--out {out}: {out.suffix} is none of {', '.join(kinds)}; name a .png")
+    try:
+        check_writable(out)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _sample(args: argparse.Namespace) -> Sample:
