@@ -28,6 +28,7 @@ NOBODY = "http://127.0.0.1:9/v1"
         (["--out", "/proc/new/heads.png"], "--out /proc/new/heads.png cannot be written ([Errno 2]"),
         (["--out", "heads.txt"], "--out heads.txt: .txt is none of "),
         (["--out", "n" * 300], "cannot be written ([Errno 36]"),
+        (["--url", "http://[::1"], "--url http://[::1 is no URL (Invalid port: ':1'); correct it"),
         (["--ask", "What?"], f"--url {NOBODY}: no server answers"),
     ],
 )

@@ -90,12 +90,16 @@ class OpenAIServer:
         """Finds the model, and HybridKV's counters where there are any.
 
         Raises:
-            UsageError: nothing answers there, or it has no such model.
+            UsageError: it is no URL, nothing answers there, or it has no such model.
         """
         self._settings = settings
         key = os.environ.get(KEY_VARIABLE) or "none"
         if not key.isascii():
             raise UsageError(f"{KEY_VARIABLE} has a character that is not ASCII; set it to the server's key")
+        try:
+            httpx.URL(settings.url)
+        except httpx.InvalidURL as error:
+            raise UsageError(f"--url {settings.url} is no URL ({error}); correct it") from None
         self._client = openai.OpenAI(
             base_url=settings.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=RETRIES
         )
