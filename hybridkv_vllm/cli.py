@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import signal
@@ -242,6 +243,9 @@ def _drop_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns one of `exit_codes`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is shown escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with orderly_stops():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hybridkv_quality import calibrate
+from hybridkv_quality.model_path import model_folder
 from hybridkv_serving.figures import COLUMNS
 from rich.table import Table
 
 from hybridkv_vllm import cli, exit_codes
+from hybridkv_vllm.profile import HeadProfile
 from hybridkv_vllm.terminal import standard_output
 
 COMMAND = Path(sys.executable).with_name("hybridkv")
@@ -129,6 +133,30 @@ def test_output_that_nobody_takes_is_no_traceback(arguments: list[str]) -> None:
     with os.fdopen(writing, "wb") as broken, Path("/dev/full").open("wb") as full:
         assert run_into(broken.fileno(), *arguments) == (exit_codes.PROBLEM, "")
         assert run_into(full.fileno(), *arguments) == (exit_codes.PROBLEM, FULL)
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "modèle"
+    folder.mkdir()
+    shutil.copy(model_folder() / "config.json", folder)
+    asked = [COMMAND, "plan", "--model", str(folder), "--gpu", "h200", "--context", "1k"]
+    done = subprocess.run(
+        asked, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=SECONDS
+    )
+    assert (done.returncode, done.stderr) == (exit_codes.OK, b"")
+    assert b"mod\\xe8le" in done.stdout
+
+
+def test_json_is_json_whatever_the_terminal_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Escaped as JSON does it: the terminal's way would be none."""
+    profile = HeadProfile(model="modèle", tasks=["chain"], tokens=1, prompts=1, share=0.1, moving=[[0.0]])
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: profile)
+    assert cli.main(["calibrate", "--out", str(tmp_path / "heads.json"), "--json"]) == exit_codes.OK
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert HeadProfile.model_validate_json(printed) == profile
 
 
 def test_without_standard_output_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"hybridkv: {args.out} cannot be written: {error}", file=sys.stderr)
         return exit_codes.PROBLEM
     if args.json:
-        print(profile.model_dump_json(indent=1))
+        print(profile.model_dump_json(indent=1, ensure_ascii=True))
     else:
         standard_output().print(_table(profile))
         print(f"serve with --additional-config.hybridkv.profile {args.out}")

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         print("hybridkv eval: stopped; run the same command to go on", file=sys.stderr)
         return exit_codes.PROBLEM
     if args.json:
-        print(results.model_dump_json(indent=2))
+        print(results.model_dump_json(indent=2, ensure_ascii=True))
         return exit_codes.OK
     from hybridkv_quality.report import remarks, summary_table, task_tables
 

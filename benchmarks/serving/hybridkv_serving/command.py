@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"hybridkv bench: {error}", file=sys.stderr)
         return exit_codes.PROBLEM
     if args.json:
-        print(report.model_dump_json(indent=1))
+        print(report.model_dump_json(indent=1, ensure_ascii=True))
     else:
         shown = standard_output()
         _print(report, shown)
