@@ -32,7 +32,8 @@ def test_the_head_that_looks_up_is_found(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["--tasks", "nothing"], "unknown tasks nothing"),
         (["--share", "1.5"], "--share must be between 0 and 1"),
-        (["--tokens", "5"], "at least 48 tokens"),
+        (["--tokens", "5"], "--tasks, --tokens, --contexts: a scene has at least 48 tokens"),
+        ([""], "the model's name is empty; give it, or leave it out"),
         (["/nowhere"], "/nowhere"),
     ],
 )

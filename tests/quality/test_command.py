@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hybridkv_quality import command
 from hybridkv_quality.conditions import Conditions
 from hybridkv_quality.settings import EvalError, UsageError
 from hybridkv_quality.sources import SuiteSamples
+from vllm.config.model import ModelDType
 
 from hybridkv_vllm.cli import main
 
@@ -38,6 +40,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--model", "/nowhere"], "--model /nowhere is no folder"),
         (["--samples", "/tmp"], "--samples and --format go together"),
         (["--format", "jsonl"], "--samples and --format go together"),
+        (["--url", ""], "--url is empty; give it a value, or leave it out"),
+        (["--model", ""], "--model is empty; give it a value, or leave it out"),
         (["--served-model", "m"], "go with --url"),
         (["--kv-bytes-per-token", "1"], "go with --url"),
     ],
@@ -49,6 +53,17 @@ def test_wrong_arguments_are_refused_with_what_to_do(
     model = [] if "--model" in arguments or "--served-model" in arguments else ["--model", str(tiny_model)]
     assert message in refused(capsys, "--out", str(out), *model, *arguments)
     assert not out.exists()
+
+
+def test_a_dtype_that_is_none_leaves_the_folder_to_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--out", str(tmp_path / "run"), "--dtype", "fp16"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'fp16'" in capsys.readouterr().err
+    assert get_args(ModelDType) == command.DTYPES
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

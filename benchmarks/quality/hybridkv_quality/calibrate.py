@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     try:
+        # A script's variable without a value: the profile would be of the small model.
+        if args.model == "":
+            raise ValueError("the model's name is empty; give it, or leave it out")
         check_writable(args.out)
         profile = calibrate(
             args.model or str(model_folder()),
@@ -119,7 +122,10 @@ def calibrate(
         raise ValueError(f"--share must be between 0 and 1, got {share}")
     from hybridkv_quality.tasks import suite_samples
 
-    samples = list(suite_samples(tasks, tokens=tokens, contexts=contexts, seed=seed))
+    try:
+        samples = list(suite_samples(tasks, tokens=tokens, contexts=contexts, seed=seed))
+    except ValueError as error:
+        raise ValueError(f"--tasks, --tokens, --contexts: {error}") from None
     # Seconds to import, which a wrong argument should not have to wait for.
     import torch
 

@@ -34,6 +34,8 @@ exit code: 0 done, 1 an engine or a server failed (run again to go on), 2 wrong 
 """
 POLICIES = "hybridkv,snapkv"
 BUDGETS = "0.05,0.1,0.2,0.5,1.0"
+# vLLM's; another would be refused by the engine, when the folder is this configuration's already.
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 # Import name and what brings it.
 NEEDED = {"matplotlib": "plots", "PIL": "pictures"}
 NEEDED_FOR_URL = {"openai": "--url", "httpx": "--url"}
@@ -91,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine = parser.add_argument_group("the engine in this machine")
     engine.add_argument("--model", help="model's folder or name on a hub (default: the suite's small model)")
-    engine.add_argument("--dtype", default="auto", help="of weights and KV cache (default: auto)")
+    engine.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and KV cache (default: auto)"
+    )
     engine.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest prompt and answer (default: model's)"
     )
@@ -167,6 +171,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("url", "model", "served_model"):
+        # A script's variable without a value: the small model here would answer for what was meant.
+        if getattr(args, name) == "":
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
     if (args.samples is None) != (args.format is None):
         raise UsageError("--samples and --format go together: a folder, and the layout it has")
     if args.url:
