@@ -114,7 +114,7 @@ def current_stats(options: ServerOptions | None) -> Stats:
         host_bytes=int(totals.get("hybridkv_host_bytes", 0)),
         compress_seconds_count=int(totals.get("hybridkv_compress_seconds_count", 0)),
         compress_seconds_sum=totals.get("hybridkv_compress_seconds_sum", 0.0),
-        fallbacks=labelled["hybridkv_fallbacks_total"],
+        fallbacks={reason: n for reason, n in labelled["hybridkv_fallbacks_total"].items() if n},
         options=options,
     )
 

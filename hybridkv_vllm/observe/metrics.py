@@ -75,8 +75,20 @@ METRICS: Mapping[str, Description] = {
         "Requests served uncompressed, or KV heads pruned although they were found dynamic, by reason.",
     ),
 }
-# Their label values are not known beforehand; all others show 0 from the start.
-LABELLED = ("hybridkv_heads", "hybridkv_fallbacks")
+# All samples show 0 from the start: what Prometheus first sees above 0 has not increased, to its mind.
+LABELS: Mapping[str, tuple[dict[str, str], ...]] = {
+    "hybridkv_heads": tuple({"type": kind} for kind in ("static", "dynamic")),
+    "hybridkv_fallbacks": tuple(
+        {"reason": reason}
+        for reason in (
+            "bad_request_options",
+            "streaming_input",
+            "pool_too_small",
+            "landmarks_do_not_fit",
+            "host_pool_full",
+        )
+    ),
+}
 # Upper limits of the histogram's buckets, s.
 COMPRESS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)
 
@@ -165,8 +177,9 @@ class MetricsWriter:
             if description.kind == "histogram":
                 for limit in COMPRESS_BUCKETS:
                     self._observe(name, limit, 0.0, times=0)
-            elif name not in LABELLED:
-                self.add(name, 0.0)
+            else:
+                for labels in LABELS.get(name, ({},)):
+                    self.add(name, 0.0, **labels)
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         """Adds to a counter or a gauge."""

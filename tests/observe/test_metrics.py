@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +21,7 @@ from hybridkv_vllm.observe import metrics
 from hybridkv_vllm.observe.metrics import (
     COMPRESS_BUCKETS,
     DIRECTORY_VARIABLE,
-    LABELLED,
+    LABELS,
     METRICS,
     LiveCollector,
     engine_metrics,
@@ -29,12 +31,21 @@ from hybridkv_vllm.observe.metrics import (
     worker_metrics,
 )
 from hybridkv_vllm.plan import make_plan
+from hybridkv_vllm.scheduling import scheduler
+from hybridkv_vllm.worker.recall import NO_ROOM_FOR_LANDMARKS, NO_ROOM_ON_HOST
 
 NAMES = {
     f"{name}_total" if description.kind == "counter" else name
     for name, description in METRICS.items()
     if description.kind != "histogram"
 }
+
+LABELLED = [
+    f'{name}{{{label}="{value}"}}'
+    for name in NAMES
+    for labels in LABELS.get(name.removesuffix("_total"), ())
+    for label, value in labels.items()
+]
 
 
 def histogram(*seconds: float) -> dict[str, float]:
@@ -121,7 +132,8 @@ def test_a_folder_that_cannot_be_made_is_refused(directory: Path, monkeypatch: p
 
 def test_every_name_shows_zero_from_the_start(directory: Path) -> None:
     worker_metrics(1, 0)
-    expected = {name: 0 for name in NAMES if name.removesuffix("_total") not in LABELLED} | histogram()
+    plain = {name for name in NAMES if name.removesuffix("_total") not in LABELS}
+    expected = dict.fromkeys((*plain, *LABELLED), 0) | histogram()
     assert {"hybridkv_chunks_recalled_total", "hybridkv_chunks_hit_total", "hybridkv_host_bytes"} < set(
         expected
     )
@@ -130,6 +142,12 @@ def test_every_name_shows_zero_from_the_start(directory: Path) -> None:
     assert "# TYPE hybridkv_host_bytes gauge" in text
     assert "# TYPE hybridkv_chunks_recalled_total counter" in text
     assert "# TYPE hybridkv_compress_seconds histogram" in text
+
+
+def test_the_reasons_that_show_zero_are_those_that_are_counted() -> None:
+    text = inspect.getsource(scheduler)
+    counted = {*re.findall(r'_fall_back\(\s*"(\w+)"', text), NO_ROOM_FOR_LANDMARKS, NO_ROOM_ON_HOST}
+    assert {labels["reason"] for labels in LABELS["hybridkv_fallbacks"]} == counted
 
 
 def _registry(directory: Path) -> CollectorRegistry:
@@ -165,6 +183,7 @@ def test_ranks_add_up_and_a_dead_one_holds_nothing(directory: Path, start_worker
     for rank in ranks:
         assert rank.hear() == "counted"
     totals = {
+        **dict.fromkeys(LABELLED, 0),
         "hybridkv_requests_compressed_total": 1,
         "hybridkv_prompt_tokens_total": 400,
         "hybridkv_blocks_freed_total": 25,
