@@ -16,6 +16,7 @@ from hybridkv_quality.tasks import suite_samples
 from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hybridkv_vllm import exit_codes
@@ -125,15 +126,15 @@ def _run(console: Console, folder: Path) -> int:
         console.print(f"server up after {time.monotonic() - started:.0f} s: {server.url}")
         count = save_pictures(sample, folder)
         console.print(
-            f"[dim]{count} pictures in {folder}: each domino has a name (colour and letter) on its left "
-            "and points to the next one on its right[/]\n"
+            f"[dim]{count} pictures in {escape(str(folder))}: each domino has a name (colour and letter) on "
+            "its left and points to the next one on its right[/]\n"
         )
         console.print(f"[bold]question:[/] {sample.messages[-1].parts[-1]}, and what it points to")
         answer, prompt_tokens = ask(console, server, sample)
         stats = Stats.model_validate(server.get("/hybridkv/stats").json())
         heads = HeadsResponse.model_validate(server.get("/hybridkv/heads").json()).requests
     if not stats.requests_compressed or not heads:
-        console.print(f"[bold red]nothing was compressed[/]; see {folder / 'server.log'}")
+        console.print(f"[bold red]nothing was compressed[/]; see {escape(str(folder / 'server.log'))}")
         return exit_codes.PROBLEM
     if answer != sample.answer:
         console.print(f"[bold red]wrong[/], the pictures say: {sample.answer}", highlight=False)

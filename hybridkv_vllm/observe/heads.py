@@ -295,7 +295,7 @@ def _living_files(directory: str) -> list[_RankFile]:
 
 def _read_files(directory: str) -> list[_RankFile]:
     newest: dict[tuple[int, int, int], tuple[tuple[float, int], _RankFile]] = {}
-    for path in glob.glob(os.path.join(directory, "heads-*.json")):
+    for path in glob.glob(os.path.join(glob.escape(directory), "heads-*.json")):
         stem = os.path.basename(path).removesuffix(".json")
         dp_rank, pp_rank, tp_rank, pid, number = (int(part) for part in stem.split("-")[1:])
         if not is_alive(pid):

@@ -136,7 +136,7 @@ class LiveCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics, each summed over the processes of this node."""
-        files = glob.glob(os.path.join(self._directory, "*-hybridkv.db"))
+        files = glob.glob(os.path.join(glob.escape(self._directory), "*-hybridkv.db"))
         return MultiProcessCollector.merge([path for path in files if _counts(path)])
 
 

@@ -17,10 +17,12 @@ SECONDS = 60
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The empty directory that this process and its children use."""
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    """The empty directory that this process and its children use; its name is no pattern."""
+    folder = tmp_path / "metrics [1]"
+    folder.mkdir()
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
     monkeypatch.delenv(VLLM_DIRECTORY_VARIABLE, raising=False)
-    return tmp_path
+    return folder
 
 
 class Worker:

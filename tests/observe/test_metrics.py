@@ -23,6 +23,7 @@ from hybridkv_vllm.observe.metrics import (
     DIRECTORY_VARIABLE,
     LABELS,
     METRICS,
+    VLLM_DIRECTORY_VARIABLE,
     LiveCollector,
     engine_metrics,
     is_alive,
@@ -232,8 +233,14 @@ def test_times_are_counted_over_processes_and_in_the_right_bucket(
     assert scraped(directory)["hybridkv_compress_seconds_count"] == len(times) + 2
 
 
-def test_vllms_own_collector_reads_the_same_where_there_are_several_api_servers(directory: Path) -> None:
-    """Then the files lie in vLLM's own directory, among its own."""
+def test_vllms_own_collector_reads_the_same_where_there_are_several_api_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the files lie in vLLM's own directory, among its own; to its collector a name is a pattern."""
+    directory = tmp_path / "plain"
+    directory.mkdir()
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(directory))
+    monkeypatch.delenv(VLLM_DIRECTORY_VARIABLE, raising=False)
     worker_metrics(1, 0).compressed(10.0, num_static=1, num_dynamic=1, seconds=0.3)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(directory))
