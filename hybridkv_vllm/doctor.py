@@ -118,11 +118,13 @@ def _harness() -> Finding:
 
 
 def _runner() -> Finding:
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+    chosen = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    # vLLM reads a number, and nothing else.
+    if chosen is not None and (not chosen.strip().isdecimal() or int(chosen) == 0):
         return Finding(
             "model runner",
             "problem",
-            "V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
+            f"VLLM_USE_V2_MODEL_RUNNER={chosen}",
             "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
         )
     return Finding("model runner", "ok", "V2")
@@ -156,16 +158,15 @@ def _plugin() -> Finding:
 
 
 def _endpoints() -> Finding:
-    allowed = (os.environ.get("VLLM_PLUGINS") or "").split(",")
+    allowed = [name for name in (os.environ.get("VLLM_PLUGINS") or "").split(",") if name]
     if ENDPOINT_PLUGIN in allowed:
         return Finding(
             "http routes",
             "ok",
             "/hybridkv, /hybridkv/stats, /hybridkv/heads, /hybridkv/requests",
         )
-    return Finding(
-        "http routes", "note", "off", f"to have them, start with VLLM_PLUGINS={PLUGIN},{ENDPOINT_PLUGIN}"
-    )
+    wanted = ",".join(dict.fromkeys((*allowed, PLUGIN, ENDPOINT_PLUGIN)))
+    return Finding("http routes", "note", "off", f"to have them, start with VLLM_PLUGINS={wanted}")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

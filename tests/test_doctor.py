@@ -75,6 +75,11 @@ def test_json_is_json_and_the_routes_are_seen() -> None:
     )
 
 
+def test_the_routes_remedy_keeps_other_plugins() -> None:
+    done = hybridkv("doctor", "--json", VLLM_PLUGINS="other,hybridkv")
+    assert json.loads(done.stdout)[-1]["remedy"].endswith("VLLM_PLUGINS=other,hybridkv,hybridkv_api")
+
+
 def test_the_default_of_host_memory_is_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridkv_vllm.worker.host_tier._node_memory", lambda: 50 * 2**30)
     finding = doctor._host_memory()
@@ -94,6 +99,13 @@ def test_the_doctor_wants_the_vllm_that_the_package_asks_for() -> None:
         (
             "VLLM_USE_V2_MODEL_RUNNER",
             "0",
+            "model runner",
+            "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
+        ),
+        # vLLM reads a number.
+        (
+            "VLLM_USE_V2_MODEL_RUNNER",
+            "false",
             "model runner",
             "unset VLLM_USE_V2_MODEL_RUNNER or set it to 1",
         ),

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.out)
         profile = calibrate(
             args.model or str(model_folder()),
-            args.tasks.split(","),
+            [task.strip() for task in args.tasks.split(",")],
             tokens=args.tokens,
             contexts=args.contexts,
             seed=args.seed,
