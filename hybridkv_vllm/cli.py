@@ -7,13 +7,9 @@ import errno
 import io
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import get_args
 
 from hybridkv_quality import calibrate, inspection
@@ -22,13 +18,12 @@ from hybridkv_serving import command as bench
 
 from hybridkv_vllm import __version__, exit_codes, shapes
 from hybridkv_vllm.plan import Tier
+from hybridkv_vllm.stops import orderly_stops
 from hybridkv_vllm.terminal import standard_output
 
 # Beyond any machine, and within what the estimate counts with.
 MOST_TOKENS = 2**30
 MOST_HOST_GIB = 1e9
-# What ends a command from outside, besides Ctrl-C: `timeout`, systemd, a CI job, a terminal that closes.
-STOPS = (signal.SIGTERM, signal.SIGHUP)
 # How a write to an open file fails.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -208,32 +203,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspection.add_arguments(inspect)
     inspect.set_defaults(run=inspection.run)
     return parser
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Stops as Ctrl-C does; once, because `timeout` says it twice, and the first must end the servers."""
-    del number, frame
-    for stop in STOPS:
-        signal.signal(stop, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def orderly_stops() -> Iterator[None]:
-    """Within the block `STOPS` do as Ctrl-C does, so that servers are not left behind with their GPU.
-
-    Only the main thread may set handlers; what is ignored, as by `nohup`, stays so.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    handlers = {stop: signal.getsignal(stop) for stop in STOPS if in_main}
-    before = {stop: handler for stop, handler in handlers.items() if handler != signal.SIG_IGN}
-    for stop in before:
-        signal.signal(stop, _stop)
-    try:
-        yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
 
 
 def _drop_output() -> None:

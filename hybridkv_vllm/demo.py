@@ -20,11 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from hybridkv_vllm import exit_codes
-from hybridkv_vllm.cli import orderly_stops
 from hybridkv_vllm.observe.api import HeadsResponse, Stats
 from hybridkv_vllm.observe.heads import RequestHeads
 from hybridkv_vllm.plan import arena_blocks, ceil_pages
 from hybridkv_vllm.server import Server, ServerFailed, serve
+from hybridkv_vllm.stops import orderly_stops
 
 BUDGET = 0.10
 PROMPT_TOKENS = 2048

@@ -20,7 +20,7 @@ from hybridkv_quality.model_path import model_folder
 from hybridkv_serving.figures import COLUMNS
 from rich.table import Table
 
-from hybridkv_vllm import cli, exit_codes
+from hybridkv_vllm import cli, exit_codes, stops
 from hybridkv_vllm.profile import HeadProfile
 from hybridkv_vllm.terminal import standard_output
 
@@ -86,7 +86,7 @@ def test_a_stop_from_outside_stops_the_server_too(number: signal.Signals, tmp_pa
 
 
 def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in cli.STOPS]
+    return [signal.getsignal(number) for number in stops.STOPS]
 
 
 def test_the_callers_own_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_the_callers_own_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> 
     # Only the main thread may set any.
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(cli.main, ["doctor"]).result() == exit_codes.OK
-    assert during == [[cli._stop, cli._stop], [cli._stop, signal.SIG_IGN], before]
+    assert during == [[stops._stop, stops._stop], [stops._stop, signal.SIG_IGN], before]
 
 
 def run_into(output: int, *arguments: str) -> tuple[int, str]:
