@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hybridkv_quality.model_path import model_folder
+from hybridkv_quality.output_file import check_writable
 from hybridkv_vllm import exit_codes
 from hybridkv_vllm.profile import HeadProfile
 from hybridkv_vllm.terminal import standard_output
@@ -88,25 +87,6 @@ def run(args: argparse.Namespace) -> int:
         standard_output().print(_table(profile))
         print(f"serve with --additional-config.hybridkv.profile {args.out}")
     return exit_codes.OK
-
-
-def check_writable(out: Path) -> None:
-    """Sees that the file can be written, before minutes are spent on what is to be in it.
-
-    Raises:
-        ValueError: it is a folder, or cannot be written.
-    """
-    try:
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder; name a file in it")
-        if not out.exists():
-            # Folders that are missing are made in the end.
-            with TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.exists())):
-                return
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error}); name another file") from None
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} may not be written; name another file")
 
 
 def calibrate(

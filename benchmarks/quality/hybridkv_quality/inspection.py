@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridkv_quality.calibrate import check_writable
+from hybridkv_quality.output_file import check_writable
 from hybridkv_quality.settings import EvalError, UsageError
 from hybridkv_vllm import exit_codes
 
