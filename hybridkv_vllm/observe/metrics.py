@@ -14,7 +14,7 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -28,6 +28,10 @@ from hybridkv_vllm.plan import PromptPlan
 DIRECTORY_VARIABLE = "HYBRIDKV_METRICS_DIR"
 # Set by vLLM when several API servers share one set of files; its registry then reads ours there.
 VLLM_DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+FallbackReason = Literal[
+    "bad_request_options", "streaming_input", "pool_too_small", "landmarks_do_not_fit", "host_pool_full"
+]
 
 
 class Description(NamedTuple):
@@ -78,16 +82,7 @@ METRICS: Mapping[str, Description] = {
 # All samples show 0 from the start: what Prometheus first sees above 0 has not increased, to its mind.
 LABELS: Mapping[str, tuple[dict[str, str], ...]] = {
     "hybridkv_heads": tuple({"type": kind} for kind in ("static", "dynamic")),
-    "hybridkv_fallbacks": tuple(
-        {"reason": reason}
-        for reason in (
-            "bad_request_options",
-            "streaming_input",
-            "pool_too_small",
-            "landmarks_do_not_fit",
-            "host_pool_full",
-        )
-    ),
+    "hybridkv_fallbacks": tuple({"reason": reason} for reason in get_args(FallbackReason)),
 }
 # Upper limits of the histogram's buckets, s.
 COMPRESS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)
@@ -235,7 +230,7 @@ class EngineMetrics:
         self._writer.set("hybridkv_blocks_arena", arena)
         self._writer.set("hybridkv_blocks_replaced", replaced)
 
-    def fallback(self, reason: str) -> None:
+    def fallback(self, reason: FallbackReason) -> None:
         """A request is served uncompressed."""
         self._writer.add("hybridkv_fallbacks", 1, reason=reason)
 
@@ -268,7 +263,7 @@ class WorkerMetrics:
         """Bytes of this rank's host tier that requests hold now."""
         self._writer.set("hybridkv_host_bytes", num_bytes)
 
-    def heads_pruned(self, reason: str, num_heads: int) -> None:
+    def heads_pruned(self, reason: FallbackReason, num_heads: int) -> None:
         """So many KV heads of this rank (not requests) were found dynamic and yet pruned."""
         self._writer.add("hybridkv_fallbacks", num_heads, reason=reason)
 

@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from hybridkv_vllm.config import parse_request_options, server_options
-from hybridkv_vllm.observe.metrics import engine_metrics
+from hybridkv_vllm.observe.metrics import FallbackReason, engine_metrics
 from hybridkv_vllm.plan import PAGE_TOKENS, PromptPlan, Span, ceil_pages, make_plan
 from hybridkv_vllm.policies import get_policy
 from hybridkv_vllm.scheduling.manager import HybridKVManager
@@ -95,7 +95,7 @@ class HybridKVScheduler(Scheduler):
             return None
         return plan
 
-    def _fall_back(self, reason: str, remedy: str) -> None:
+    def _fall_back(self, reason: FallbackReason, remedy: str) -> None:
         self.hybridkv_metrics.fallback(reason)
         logger.warning_once("hybridkv: request left uncompressed (%s): %s", reason, remedy)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridkv_vllm.observe.heads import HeadsReport, HeadTables
-from hybridkv_vllm.observe.metrics import WorkerMetrics
+from hybridkv_vllm.observe.metrics import FallbackReason, WorkerMetrics
 from hybridkv_vllm.plan import PAGE_TOKENS
 from hybridkv_vllm.worker.compress import Compression
 from hybridkv_vllm.worker.recall import NO_ROOM_FOR_LANDMARKS, NO_ROOM_ON_HOST, RecallState
@@ -133,7 +133,7 @@ class CompressionLog:
             hit, recalled = (counters - before).tolist()
             self._heads.end(request_id, hit, recalled)
 
-    def _count_pruned(self, reason: str, num_heads: int) -> None:
+    def _count_pruned(self, reason: FallbackReason, num_heads: int) -> None:
         """Counts heads that were found dynamic and yet pruned."""
         if num_heads > 0:
             self._metrics.heads_pruned(reason, num_heads)

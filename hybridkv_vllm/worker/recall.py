@@ -17,14 +17,15 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.config import ServerOptions
+from hybridkv_vllm.observe.metrics import FallbackReason
 from hybridkv_vllm.plan import PromptPlan
 from hybridkv_vllm.policies import Recall, recall_limits
 from hybridkv_vllm.worker.host_tier import HostTier, Reservation
 from hybridkv_vllm.worker.tables import CacheShape
 
 # Reasons under which dynamic heads that had to be pruned are counted.
-NO_ROOM_FOR_LANDMARKS = "landmarks_do_not_fit"
-NO_ROOM_ON_HOST = "host_pool_full"
+NO_ROOM_FOR_LANDMARKS: FallbackReason = "landmarks_do_not_fit"
+NO_ROOM_ON_HOST: FallbackReason = "host_pool_full"
 
 
 @dataclass
