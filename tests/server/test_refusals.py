@@ -313,6 +313,7 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
             {"kv_cache_dtype": "fp8"},
             "remove --kv-cache-dtype, or set it and --dtype to bfloat16 where the checkpoint asks",
         ),
+        ({"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "set --kv-cache-dtype bfloat16"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
         (
             {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64},
@@ -322,7 +323,6 @@ def test_models_that_cannot_be_served(tmp_path: Path, name: str, reason: str) ->
             {"max_num_seqs": 8, "max_num_scheduled_tokens": 48},
             "of at least 72, not 48; raise it, or lower one of them",
         ),
-        ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "set --kv-cache-dtype bfloat16"),
         (
             {"long_prefill_token_threshold": 32},
             "-token-threshold (32) is below option 'window' (64); raise it, or lower the window",
