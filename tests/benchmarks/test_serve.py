@@ -157,7 +157,9 @@ def test_who_failed_is_not_compared(failing: str) -> None:
         (["--clients", "0"], "--clients must be at least 1, got 0"),
         (["--requests", "0"], "--requests must be at least 1, got 0"),
         (["--budget", "0"], "--budget must be above 0 and at most 1, got 0.0"),
+        (["--out", f"{__file__}/results"], "name another folder"),
     ],
+    ids=lambda value: None if isinstance(value, str) else value[0],
 )
 def test_arguments_that_cannot_be(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

@@ -112,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(tempfile.mkdtemp(prefix="hybridkv-bench-"))
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"hybridkv bench: --out {out} cannot be written: {error}; name another folder", file=sys.stderr)
+        return exit_codes.USAGE
+    try:
         for report in _reports(args, out):
             # After each: a lent machine's time may end before the scenarios do.
             write(report, out)
