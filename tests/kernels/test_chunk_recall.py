@@ -106,37 +106,36 @@ def generate(
     interval: int = 1,
     tier: str = "host",
     early: bool = False,
+    replay: bool = False,
 ) -> list[Tensor]:
-    """Decodes for `steps` steps with random queries, a random part of the requests at each."""
+    """Decodes for `steps` steps with random queries, a random part of the requests at each.
+
+    With `replay` every step has all rows, and on a GPU all but the first are replays of one CUDA graph.
+    """
     dice = random.Random(4)
     generation = Generation(case)
-    work = case.work(len(PROMPTS) + 1, GROUP)
+    rows, heads, device = len(PROMPTS) + 1, generation.heads, case.pool.device
+    work = case.work(rows, GROUP)
     plan = None
     if backend == "triton":
-        heads = generation.heads
-        plan = RecallPlan.create(
-            len(PROMPTS) + 1, 1, heads, heads * GROUP, case.landmarks.layout, case.pool.device
-        )
-    answers = []
-    for step in range(steps):
-        # With an interval all requests must go in step for `selects` to be the same for all rows.
-        slots = [slot for slot in range(len(PROMPTS)) if interval > 1 or dice.random() < 0.8]
-        dice.shuffle(slots)
-        row_slot, row_len = generation.grow(slots)
-        query = strided_heads(
-            len(row_slot), generation.heads * GROUP, HEAD_SIZE, case.pool.dtype, case.pool.device
-        )
+        plan = RecallPlan.create(rows, 1, heads, heads * GROUP, case.landmarks.layout, device)
+    row_slot = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    row_len = torch.zeros_like(row_slot)
+    query = strided_heads(rows, heads * GROUP, HEAD_SIZE, case.pool.dtype, device)
+    out = torch.empty_like(query)
+
+    def decode(n: int) -> None:
         if plan is not None:
-            plan.update(row_slot, row_len, case.decode, case.recall, interval)
+            plan.update(row_slot[:n], row_len[:n], case.decode, case.recall, interval)
         # A launch that writes nothing of what an early one reads ahead.
-        out = torch.full_like(query, math.nan)
+        out.fill_(math.nan)
         recall_decode(
-            query,
+            query[:n],
             case.pool,
-            out,
+            out[:n],
             case.store if tier == "host" else None,
-            row_slot,
-            row_len,
+            row_slot[:n],
+            row_len[:n],
             case.decode,
             case.recall,
             0,
@@ -148,8 +147,28 @@ def generate(
             backend=backend,
             early=early,
         )
-        generation.check(row_slot, query, out, selects=step % interval == 0)
-        answers.append(out)
+
+    graph: torch.cuda.CUDAGraph | None = None
+    answers = []
+    for step in range(steps):
+        # With an interval all requests must go in step for `selects` to be the same for all rows.
+        slots = [slot for slot in range(len(PROMPTS)) if interval > 1 or dice.random() < 0.8]
+        dice.shuffle(slots)
+        slots_of_rows, lengths = generation.grow(slots)
+        used = len(slots_of_rows)
+        row_slot.fill_(-1)
+        row_slot[:used], row_len[:used] = slots_of_rows, lengths
+        query.normal_()
+        if graph is not None:
+            graph.replay()
+        else:
+            decode(rows if replay else used)
+        if replay and graph is None and device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                decode(rows)
+        answers.append(out[: rows if replay else used].clone())
+        generation.check(row_slot[: len(answers[-1])], query, answers[-1], selects=step % interval == 0)
     return answers
 
 
@@ -231,6 +250,11 @@ def test_answers_are_the_attention_to_the_chosen_chunks(
 @pytest.mark.parametrize("kind", ["sketch", "sketch2", "minmax"])
 def test_triton_answers_alike(kind: LandmarkKind, device: torch.device) -> None:
     generate(make_case(kind, 3, device), "triton", steps=12, early=True)
+
+
+@pytest.mark.parametrize("tier", ["host", "gpu"])
+def test_one_step_serves_all_as_a_cuda_graph_replays_it(tier: str, device: torch.device) -> None:
+    generate(make_case("sketch2", 3, device), "triton", steps=8, tier=tier, early=True, replay=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
