@@ -40,7 +40,7 @@ from .launch import OVERLAP_CAPABILITY, LaunchOptions
 from .recall.layout import LandmarkKind, LandmarkLayout
 
 KIB = 1024
-SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 """Shared memory that one program may have, in bytes, by compute capability."""
 
 SPILL_LIMIT = 80

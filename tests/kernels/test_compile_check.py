@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 CHECK = ("-m", "hybridkv_kernels.compile_check", "--quick")
 # Triton 3.6 writes the wait as assembly.
 WAIT = re.compile(r"grid_dependency_wait|griddepcontrol\.wait")
-PRINT_TTIR = """
+PRINT_CODE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from hybridkv_kernels import compile_check
@@ -24,7 +24,7 @@ for case in compile_check.cases([90], quick=True):
         options = case.options.compiler_options()
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(f"// kernel {case.kernel} {case.shape}")
-        print(compiled.asm["ttir"])
+        print(compiled.asm["ttir"], "// ptx", compiled.asm["ptx"], sep="\\n")
 """
 
 
@@ -50,15 +50,15 @@ def test_interpreter_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[str]:
-    """TTIR of the kernels that have a pool or overlap, for Hopper; each begins with its name."""
-    done = run_python(False, "-c", PRINT_TTIR)
+    """TTIR and PTX of the kernels that have a pool or overlap, for Hopper; each begins with its name."""
+    done = run_python(False, "-c", PRINT_CODE)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("// kernel ")[1:]
 
 
 def test_a_launch_that_overlaps_waits_before_it_ends_or_writes(kernels: list[str]) -> None:
-    waiting = {text.split()[0]: text for text in kernels if WAIT.search(text)}
-    assert waiting.keys() == {
+    waiting = [text for text in kernels if WAIT.search(text)]
+    assert {text.split()[0] for text in waiting} == {
         "bound_kernel",
         "cache_write_kernel",
         "chunk_gather_kernel",
@@ -68,11 +68,18 @@ def test_a_launch_that_overlaps_waits_before_it_ends_or_writes(kernels: list[str
         "prepare_kernel",
         "sketch_kernel",
     }
-    for name, text in waiting.items():
+    for text in waiting:
+        name = text.split("\n", 1)[0]
         body = text[text.index("{", text.index("tt.func public")) :]
         before = WAIT.split(body, maxsplit=1)[0]
         # Nothing conditional, nothing written: so every program gets there, and has changed nothing.
         assert not re.search(r"\b(?:s?cf|tt\.(?:return|store|atomic))", before), name
+        ptx = text.partition("// ptx")[2]
+        before, *rest = WAIT.split(ptx[ptx.index(".entry") :])
+        assert len(rest) == 1, name
+        # Nor did the compiler move a write there, or take memory that others write for constant.
+        assert not re.search(r"\b(?:st|red|atom)\.\S*global|\bret;", before), name
+        assert not re.search(r"\bld\.global\S*\.nc", ptx), name
 
 
 def test_pool_offsets_are_64_bit(kernels: list[str]) -> None:
