@@ -20,10 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from hybridkv_vllm.attention.dense import make_dense_builder, slice_rows
 from hybridkv_vllm.attention.impl import HybridKVImpl
 from hybridkv_vllm.worker.compress import PrefillEnd
-from hybridkv_vllm.worker.tables import RequestTables, make_decode_plan
-
-# Bounds the partial results of a replay, [rows * H, G, D] in fp32.
-REPLAY_ROWS = 512
+from hybridkv_vllm.worker.tables import REPLAY_ROWS, RequestTables, make_replay_plan
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,6 @@ class HybridKVMetadataBuilder(AttentionMetadataBuilder[HybridKVMetadata]):
             row_len = torch.arange(first_len, first_len + stop - start, dtype=torch.int32, device=device)
             decode_plan = None
             if self._impl.kernel_backend == "triton":
-                decode_plan = make_decode_plan(tables.shape, stop - start, device)
-                decode_plan.update(row_slot, row_len, tables.decode)
+                decode_plan = make_replay_plan(tables, row_slot, row_len)
             parts.append(DecodeRows(slice(start, stop), row_slot, row_len, decode_plan, recalls=False))
         return parts

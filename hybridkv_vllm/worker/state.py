@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hybridkv_kernels.extent_decode import DecodePlan
+from hybridkv_kernels.extent_decode import DecodePlan, extent_decode
 from hybridkv_kernels.recall.landmarks import Landmarks
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
@@ -39,7 +39,13 @@ from hybridkv_vllm.worker.host_tier import (
     store_block_bytes,
 )
 from hybridkv_vllm.worker.recall import RecallState
-from hybridkv_vllm.worker.tables import CacheShape, RequestTables, make_decode_plan, page_pool
+from hybridkv_vllm.worker.tables import (
+    CacheShape,
+    RequestTables,
+    make_decode_plan,
+    make_replay_plan,
+    page_pool,
+)
 
 # Long enough for a few tiles of every kernel.
 MIN_WARM_UP_TOKENS = 256
@@ -118,7 +124,7 @@ class HybridKVModelState(DefaultModelState):
         self._log = CompressionLog(worker_metrics(ranks, tp_rank), heads, self._recall, self.device)
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, self._log)
-        if impl.kernel_backend == "triton" and self.device.type == "cuda":
+        if impl.kernel_backend == "triton":
             self._warm_up(self._tables, impl)
 
     def _read_profile(
@@ -175,7 +181,7 @@ class HybridKVModelState(DefaultModelState):
             logger.info("hybridkv: host pool of %.2f GiB for the chunks of dynamic heads", num_bytes / GIB)
 
     def _warm_up(self, tables: RequestTables, impl: HybridKVImpl) -> None:
-        """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.
+        """Compiles what the end of a prefill launches, and a replay: vLLM's own warm-up has neither.
 
         The cache is empty yet, and block 0, which all of slot 0 points at, is nobody's.
         """
@@ -197,6 +203,22 @@ class HybridKVModelState(DefaultModelState):
         # Landmarks are bytes that may look like NaN.
         null_block.zero_()
         tables.reset(slot)
+        # Padding: it reads no page.
+        row_slot = torch.full((1,), -1, dtype=torch.int32, device=self.device)
+        row_len = torch.zeros_like(row_slot)
+        extent_decode(
+            query[:1],
+            tables.pool,
+            torch.empty_like(query[:1]),
+            row_slot,
+            row_len,
+            tables.decode,
+            0,
+            impl.scale,
+            make_replay_plan(tables, row_slot, row_len),
+            backend=impl.kernel_backend,
+            early=True,
+        )
 
     def accept_grants(self, grants: Sequence[ArenaGrant]) -> None:
         """Takes the arenas of the step about to run (called by the runner patch, see plugin.py)."""

@@ -11,6 +11,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant
 
+# Bounds the partial results of a replay, [rows * H, G, D] in fp32.
+REPLAY_ROWS = 512
+
 if TYPE_CHECKING:
     from hybridkv_vllm.worker.recall import RecallState
 
@@ -76,6 +79,20 @@ def make_decode_plan(shape: CacheShape, max_rows: int, device: torch.device) -> 
         head_size=shape.head_size,
         device=device,
     )
+
+
+def make_replay_plan(tables: RequestTables, row_slot: torch.Tensor, row_len: torch.Tensor) -> DecodePlan:
+    """The split of up to `REPLAY_ROWS` rows of a replay.
+
+    Its buffers have one size: the kernels that the warm-up compiled for its strides serve every replay.
+
+    Args:
+        row_slot: `[n]` int32, request slot.
+        row_len: `[n]` int32, tokens visible including the row's own.
+    """
+    plan = make_decode_plan(tables.shape, REPLAY_ROWS, tables.pool.device)
+    plan.update(row_slot, row_len, tables.decode)
+    return plan
 
 
 @dataclass
