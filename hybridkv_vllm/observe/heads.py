@@ -216,7 +216,7 @@ class RequestSummary(BaseModel):
     recalled_share: float = Field(description="Share of the heads that recall chunks.")
     hit_rate: float | None = Field(
         description="Share of the chunks chosen while decoding that were on the GPU already; null until the "
-        "request has ended, and where no head recalls."
+        "request has ended, where no head recalls, and after an answer of one token."
     )
     compress_seconds: float = Field(
         description="Time that the device spent on compressing the prompt, added up over pipeline ranks as "

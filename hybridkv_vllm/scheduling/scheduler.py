@@ -132,6 +132,18 @@ class HybridKVScheduler(Scheduler):
             self._ending_tokens += plan.num_tokens
         return length
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """As in vLLM; a request also waits whose LoRA adapter is one too many beside those of all that run.
+
+        vLLM (0.32, 0.33) counts the adapters of requests in this step. One whose chunk was clipped to nothing
+        comes with a later step, as does one in flight on pipeline ranks, and vLLM asserts that there is room.
+        """
+        if self.lora_config and request.lora_request:
+            adapters = {other.lora_request.lora_int_id for other in self.running if other.lora_request}
+            if len(adapters | {request.lora_request.lora_int_id}) > self.lora_config.max_loras:
+                return False
+        return super()._handle_blocked_waiting_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As in vLLM; the arenas reserved in this step travel with its output."""
         self._ending_tokens = 0
@@ -159,28 +171,17 @@ class HybridKVScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """As in vLLM; then the prompt blocks of the step just processed go back to the pool."""
         manager = self.hybridkv_manager
-        # A request that was aborted in between is nobody's any more.
-        grants = [
-            grant
-            for grant in getattr(scheduler_output, GRANTS_ATTRIBUTE, ())
-            if grant.request_id in self.requests
-        ]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for grant in grants:
+        for grant in getattr(scheduler_output, GRANTS_ATTRIBUTE, ()):
+            blocks_freed = 0
             request = self.requests.get(grant.request_id)
-            if request is None:
-                # It ended in this very step, which gave back everything.
-                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
-                continue
-            if grant.request_id not in manager.arenas:
-                # Preempted in between: it has given back everything, and will be compressed again.
-                continue
-            processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
-            self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
-            if manager.is_released(grant.request_id):
-                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=grant.plan.num_full_blocks)
-            elif grant.plan.keeps_prompt_blocks:
-                self.hybridkv_metrics.compressed(grant.plan, blocks_freed=0)
+            # One that ended or was preempted meanwhile has given back everything, but was compressed.
+            if request is not None and grant.request_id in manager.arenas:
+                processed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+                self.kv_cache_manager.remove_skipped_blocks(grant.request_id, processed)
+                if manager.is_released(grant.request_id):
+                    blocks_freed = grant.plan.num_full_blocks
+            self.hybridkv_metrics.compressed(grant.plan, blocks_freed)
         self.hybridkv_metrics.set_blocks(arena=manager.num_arena_blocks, replaced=manager.num_replaced_blocks)
         return outputs
 

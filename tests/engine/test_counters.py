@@ -121,7 +121,6 @@ def test_counters_are_what_an_observer_counts(
     assert sum(report["compressed"] for report in reports.values()) > number // 4
 
     given_back, kept = dict(observer.given_back), dict(observer.kept)
-    ended_at_once = []
     for request_id, report in reports.items():
         tokens = observer.prompt_tokens(request_id)
         assert report["prompt_tokens"] == tokens
@@ -137,11 +136,10 @@ def test_counters_are_what_an_observer_counts(
             assert held / 2 < kept[request_id] <= held
         else:
             assert kept[request_id] == pytest.approx(held)
-        if request_id not in given_back:
-            ended_at_once.append(request_id)
-    counted_by_scheduler = [request_id for request_id, _ in observer.given_back] + ended_at_once
-    assert counted["hybridkv_requests_compressed_total"] == len(counted_by_scheduler)
-    assert counted["hybridkv_prompt_tokens_total"] == sum(map(observer.prompt_tokens, counted_by_scheduler))
+    assert counted["hybridkv_requests_compressed_total"] == len(observer.kept)
+    assert counted["hybridkv_prompt_tokens_total"] == sum(
+        observer.prompt_tokens(request_id) for request_id, _ in observer.kept
+    )
     assert counted["hybridkv_blocks_freed_total"] == sum(blocks for _, blocks in observer.given_back)
     assert counted["hybridkv_kept_tokens_total"] == pytest.approx(sum(tokens for _, tokens in observer.kept))
     assert counted["hybridkv_compress_seconds_count"] == len(observer.kept)
@@ -161,3 +159,27 @@ def test_counters_are_what_an_observer_counts(
     ]
     assert counted["hybridkv_fallbacks_total"] == len({*fell_back, *requests.greedy & {*ended.aborted}})
     assert fell_back
+
+
+def test_a_prompt_counts_whose_client_leaves_while_it_is_compressed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker and scheduler count it, so that kept tokens have their prompt tokens."""
+    schedule_asynchronously(monkeypatch)
+    with engine(tiny_model, options={"budget": BUDGET}) as ours:
+        before, vllm_engine = counters(), ours.llm.llm_engine
+        ask = Ask("", SCENE * 10)
+        vllm_engine.add_request("leaves", ask.prompt(), ask.sampling())
+        vllm_engine.step()
+        (request,) = ours.scheduler.requests.values()
+        assert request.num_in_flight_tokens == request.num_prompt_tokens
+        vllm_engine.abort_request(["leaves"])
+        for _ in range(3):
+            ours.core.step_fn()
+        changes = {name: value - before.get(name, 0.0) for name, value in counters().items()}
+        assert changes["hybridkv_compress_seconds_count"] == 1
+        assert changes["hybridkv_kept_tokens_total"] > 0
+        assert changes["hybridkv_requests_compressed_total"] == 1
+        assert changes["hybridkv_prompt_tokens_total"] == request.num_prompt_tokens
+        assert changes["hybridkv_blocks_freed_total"] == 0
+        ours.assert_empty()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import write_adapter
 from engines import SCENE, Answer, Ask, Engine, answers, assert_same, crowd, engine, picture
-from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams
 
-from hybridkv_vllm.tiny_model import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS
+from hybridkv_vllm.tiny_model import HIDDEN
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +31,6 @@ SETTINGS: Mapping[str, Any] = {
 }
 TEXT = Ask("text", SCENE * 12)
 PICTURE = Ask("one picture", "What is this?", (picture(336, 280, 1),))
-LAYERS = 4  # The tiny model's.
 # What clients send beside a temperature; vLLM has kernels of its own for most of it.
 SAMPLING: Mapping[str, Mapping[str, Any]] = {
     "top_p": {"top_p": 0.9},
@@ -86,24 +84,6 @@ def sampling(of: Engine) -> Given:
     tokens, places = outputs[-1].prompt_token_ids[1:], outputs[-1].prompt_logprobs[1:]
     of_prompt = [place[token].logprob for token, place in zip(tokens, places, strict=True)]
     return {**given, "the prompt itself": [Answer(tuple(tokens), tuple(of_prompt))]}
-
-
-def write_adapter(folder: Path, seed: int) -> Path:
-    """Writes a LoRA adapter that changes the tiny model's queries and values; returns where it lies."""
-    generator, rank, weights = torch.Generator().manual_seed(seed), 8, {}
-    outputs = {"q_proj": HEADS * HEAD_SIZE, "v_proj": KV_HEADS * HEAD_SIZE}
-    for layer in range(LAYERS):
-        for projection, size in outputs.items():
-            name = f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
-            down = torch.randn(rank, HIDDEN, generator=generator) * HIDDEN**-0.5
-            weights[f"{name}.lora_A.weight"] = down
-            weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
-    out = folder / str(seed)
-    out.mkdir()
-    save_file(weights, out / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(outputs)}
-    (out / "adapter_config.json").write_text(json.dumps({**adapter, "bias": "none"}))
-    return out
 
 
 def adapters(of: Engine) -> Given:
