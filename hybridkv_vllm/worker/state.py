@@ -125,7 +125,8 @@ class HybridKVModelState(DefaultModelState):
         for index, layer in enumerate(layers):
             layer.impl.bind(self._tables, index, self._log)
         if impl.kernel_backend == "triton":
-            self._warm_up(self._tables, impl)
+            self._warm_up_prefill_end(self._tables, impl)
+            self._warm_up_replay(self._tables, impl)
 
     def _read_profile(
         self, layers: Sequence[Attention], shape: CacheShape, options: ServerOptions
@@ -180,8 +181,8 @@ class HybridKVModelState(DefaultModelState):
             self._host_tier_bytes = num_bytes
             logger.info("hybridkv: host pool of %.2f GiB for the chunks of dynamic heads", num_bytes / GIB)
 
-    def _warm_up(self, tables: RequestTables, impl: HybridKVImpl) -> None:
-        """Compiles what the end of a prefill launches, and a replay: vLLM's own warm-up has neither.
+    def _warm_up_prefill_end(self, tables: RequestTables, impl: HybridKVImpl) -> None:
+        """Compiles what the end of a prefill launches: vLLM's own warm-up holds no compressed prompt.
 
         The cache is empty yet, and block 0, which all of slot 0 points at, is nobody's.
         """
@@ -203,19 +204,30 @@ class HybridKVModelState(DefaultModelState):
         # Landmarks are bytes that may look like NaN.
         null_block.zero_()
         tables.reset(slot)
-        # Padding: it reads no page.
-        row_slot = torch.full((1,), -1, dtype=torch.int32, device=self.device)
+
+    def _warm_up_replay(self, tables: RequestTables, impl: HybridKVImpl) -> None:
+        """Compiles what a replay of several tokens launches: where heads recall, no other step does.
+
+        Its one row is padding, so that no page is read.
+        """
+        shape, rows = tables.shape, 1
+        row_slot = torch.full((rows,), -1, dtype=torch.int32, device=self.device)
         row_len = torch.zeros_like(row_slot)
+        plan = make_replay_plan(tables, row_slot, row_len)
+        # A launch after the plan's, which an early one reads ahead.
+        query = torch.zeros(
+            rows, shape.num_query_heads, shape.head_size, dtype=tables.pool.dtype, device=self.device
+        )
         extent_decode(
-            query[:1],
+            query,
             tables.pool,
-            torch.empty_like(query[:1]),
+            torch.empty_like(query),
             row_slot,
             row_len,
             tables.decode,
             0,
             impl.scale,
-            make_replay_plan(tables, row_slot, row_len),
+            plan,
             backend=impl.kernel_backend,
             early=True,
         )
