@@ -49,6 +49,9 @@ class HybridKVScheduler(Scheduler):
         self.hybridkv_manager = manager
         self.hybridkv_metrics = engine_metrics()
         self._ending_tokens = 0
+        # LoRA adapters of the first so many running requests, counted once a step.
+        self._running_adapters: set[int] = set()
+        self._num_counted = 0
         # Requests whose answer says what became of their prompt; of a preempted one what it would have said:
         # the token of a step under way may still end it.
         self._reports: dict[str, dict[str, Any] | None] = {}
@@ -135,18 +138,26 @@ class HybridKVScheduler(Scheduler):
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """As in vLLM; a request also waits whose LoRA adapter is one too many beside those of all that run.
 
-        vLLM (0.32, 0.33) counts the adapters of requests in this step. One whose chunk was clipped to nothing
-        comes with a later step, as does one in flight on pipeline ranks, and vLLM asserts that there is room.
+        vLLM 0.32 counts the adapters of requests in this step. One whose chunk was clipped to nothing comes
+        with a later step, as does one in flight on pipeline ranks, and vLLM asserts that there is room. 0.33
+        counts all that run by itself.
         """
         if self.lora_config and request.lora_request:
-            adapters = {other.lora_request.lora_int_id for other in self.running if other.lora_request}
-            if len(adapters | {request.lora_request.lora_int_id}) > self.lora_config.max_loras:
+            # Those that run only become more by now, until the next step.
+            for other in self.running[self._num_counted :]:
+                if other.lora_request:
+                    self._running_adapters.add(other.lora_request.lora_int_id)
+            self._num_counted = len(self.running)
+            is_new = request.lora_request.lora_int_id not in self._running_adapters
+            if is_new and len(self._running_adapters) >= self.lora_config.max_loras:
                 return False
         return super()._handle_blocked_waiting_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As in vLLM; the arenas reserved in this step travel with its output."""
         self._ending_tokens = 0
+        self._running_adapters.clear()
+        self._num_counted = 0
         output = super().schedule(*args, **kwargs)
         grants = self.hybridkv_manager.take_grants()
         if grants:
