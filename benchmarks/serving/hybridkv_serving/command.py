@@ -106,14 +106,16 @@ def run(args: argparse.Namespace) -> int:
     if problem := _problem(args):
         print(f"hybridkv bench: {problem}", file=sys.stderr)
         return exit_codes.USAGE
+    from hybridkv_quality.settings import UsageError, make_folder
+
     from hybridkv_serving.figures import plot, write
     from hybridkv_vllm.server import ServerFailed
 
     out = args.out or Path(tempfile.mkdtemp(prefix="hybridkv-bench-"))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"hybridkv bench: --out {out} cannot be written: {error}; name another folder", file=sys.stderr)
+        make_folder(out)
+    except UsageError as error:
+        print(f"hybridkv bench: {error}", file=sys.stderr)
         return exit_codes.USAGE
     try:
         for report in _reports(args, out):
