@@ -11,11 +11,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from hybridkv_vllm.plan import PAGE_TOKENS, ArenaGrant
 
-# Bounds the partial results of a replay, [rows * H, G, D] in fp32.
-REPLAY_ROWS = 512
-
 if TYPE_CHECKING:
     from hybridkv_vllm.worker.recall import RecallState
+
+# Bounds the partial results of a replay, [rows * H, G, D] in fp32.
+REPLAY_ROWS = 512
 
 
 @dataclass(frozen=True)
